@@ -1,0 +1,198 @@
+"""Everything a run can be told, as frozen dataclasses, and every rule that ties two fields together.
+
+Imports no torch: a wrong setting is refused before anything slow starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from bigvivit.memory.plan import MemoryPlan
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names it, its value, the rule and a fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The factorised encoder. In stage 2 what is left out is taken from stage 1."""
+
+    tower: str | None = None
+    """Image tower: a Hugging Face hub id, a local folder in that format, or a name of `bigvivit.model.towers.SIZES`
+    (`vit-b`, `vit-l`, `vit-h`, `vit-g`: the paper's sizes, with `--model.tower-init random`)."""
+    tower_init: Literal["pretrained", "random"] | None = None
+    """Where the tower's weights come from [default: pretrained]."""
+    tubelet: int | None = None
+    """Frames per tubelet, the temporal extent of the patch kernel [default: 2, as in ViViT]."""
+    temporal_depth: int | None = None
+    """Layers of the temporal transformer [default: 4; stage 2 infers it from stage 1's weights]."""
+    droplayer: float = 0.0
+    """Stochastic depth: rate of the deepest block of each transformer, growing linearly from 0 (paper, Table 7)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tubelet", "temporal_depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}={value} must be at least 1")
+        if not 0 <= self.droplayer < 1:
+            raise ConfigError(f"model.droplayer={self.droplayer} is a probability: give a number from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """How a clip is cut from a video, in time and space."""
+
+    frames: int
+    """Frames per clip."""
+    stride: int = 2
+    """Distance between two frames of a clip, in frames of the video."""
+    size: int = 224
+    """Side of the square crop the tower sees, in pixels."""
+    resize: int = 256
+    """Short side the video is resized to before it is cropped, in pixels."""
+    min_scale: float = 0.9
+    """Scale jitter in training: least factor on the resized height and width, each drawn by itself (paper, Table 7)."""
+    max_scale: float = 1.33
+    """Scale jitter in training: greatest factor."""
+    flip: bool = True
+    """Mirror half of the training clips. Turn off where labels have a direction (`--clip.no-flip`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "stride", "size", "resize"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"clip.{name}={getattr(self, name)} must be at least 1")
+        if self.resize < self.size:
+            raise ConfigError(
+                f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "
+                f"give --clip.resize {self.size} or more"
+            )
+        if not 0 < self.min_scale <= self.max_scale:
+            raise ConfigError(
+                f"clip.min_scale={self.min_scale}, clip.max_scale={self.max_scale}: need 0 < min_scale <= max_scale"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the videos are and who reads them."""
+
+    train: Path
+    """Manifest of the training clips, CSV or JSONL: path, label, and optionally start and end in seconds."""
+    workers: int = 2
+    """Processes per rank that decode videos; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation. The defaults are the paper's for Kinetics (Table 7)."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd has momentum 0.9."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Not applied to biases, norms, position embeddings and CLS tokens."""
+    epochs: float = 30.0
+    """Passes over the training manifest; fractions are allowed."""
+    warmup_epochs: float = 2.5
+    """Epochs of linear warm-up before the cosine."""
+    batch_size: int = 128
+    """Clips per optimizer step, over all ranks and accumulated micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    clip_norm: float = 1.0
+    """Greatest norm of the whole gradient; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be above 0")
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 1")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs={self.warmup_epochs} leaves nothing of optim.epochs={self.epochs}: "
+                f"give fewer warm-up epochs, {self.epochs / 12:.3g} for instance"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"optim.label_smoothing={self.label_smoothing} must be from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train one stage: stage 1 trains everything on few frames, stage 2 trains on many above a frozen tower."""
+
+    stage: Literal[1, 2]
+    """1: the whole model. 2: adapter, temporal transformer and head, starting from stage 1."""
+    out: Path
+    """Folder of the run: configuration, metrics and checkpoint are written there."""
+    clip: ClipConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+    init_from: Path | None = None
+    """Run folder of stage 1; required in stage 2."""
+    ds: Path | None = None
+    """DeepSpeed configuration (JSON). Without it the plain PyTorch engine trains."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA where there is one."""
+    seed: int = 0
+    """Seeds initial weights, the order of clips, their cuts and stochastic depth."""
+    log_every: int = 10
+    """Optimizer steps between two lines of the log."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ConfigError(f"log_every={self.log_every} must be at least 1")
+        if self.stage == 2 and self.init_from is None:
+            raise ConfigError("stage=2 needs init_from: give --init-from the run folder of a finished stage 1")
+        if self.stage == 1 and self.init_from is not None:
+            raise ConfigError(f"init_from={self.init_from} is for stage 2: leave it out, or give --stage 2")
+        if self.stage == 1:
+            if self.model.tower is None:
+                raise ConfigError("model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>")
+            object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
+            check_frames(self.clip.frames, self.model.tubelet)
+
+
+MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4)
+
+
+def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelConfig:
+    """Fill what `given` leaves out: from stage 1 where there was one (and may not be contradicted), else the defaults."""
+    known = inherited or MODEL_DEFAULTS
+    changes, contradictions = {}, []
+    for item in fields(ModelConfig):
+        value, old = getattr(given, item.name), getattr(known, item.name)
+        if item.name == "droplayer":  # a regulariser of this run, not a property of the weights
+            continue
+        if value is None:
+            changes[item.name] = old
+        elif inherited is not None and value != old:
+            contradictions.append(f"model.{item.name}={value}, but stage 1 was trained with {old}")
+    if contradictions:
+        raise ConfigError("; ".join(contradictions) + ": leave these out in stage 2")
+    return replace(given, **changes)
+
+
+def check_frames(frames: int, tubelet: int | None) -> None:
+    """Raise where frames do not divide into tubelets."""
+    assert tubelet is not None, "resolve_model comes first"
+    if frames % tubelet:
+        below, above = frames // tubelet * tubelet, -(-frames // tubelet) * tubelet
+        choice = f"{above}" if below == 0 else f"{below} or {above}"
+        raise ConfigError(f"clip.frames={frames} is not a multiple of model.tubelet={tubelet}; try {choice}")

@@ -1,0 +1,69 @@
+"""Every memory trick, in the one order in which they work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from bigvivit.memory.freeze import freeze
+from bigvivit.memory.load import Fill, load_pieces
+from bigvivit.memory.plan import MemoryPlan
+from bigvivit.memory.stream import FrozenTower, StagedTower
+from bigvivit.units import torch_dtype
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: MemoryPlan,
+    *,
+    frozen: bool,
+    fill: Fill,
+    device: torch.device,
+    shard: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
+
+    `fill` brings the tower's weights; `shard` (ZeRO-3) keeps this rank's part of a module and frees the rest.
+    """
+    tower = cast(StagedTower, model.tower)
+    pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
+    storage = torch_dtype(plan.storage) if frozen else torch.float32
+    if frozen:
+        # Before sharding and before the optimizer: both look at requires_grad when they are handed a parameter.
+        freeze(cast(nn.Module, tower))
+        # Before sharding: a StreamedLayer is the unit that is gathered.
+        model.tower = FrozenTower(tower, compute_dtype(plan, device))
+    load_pieces(pieces, fill, storage=storage, device=device, shard=shard)
+    if shard is None:
+        model.to(device)  # the small trained parts; ZeRO-3 takes them over by itself
+    autocast = autocast_dtype(plan, device)
+    if autocast != torch.float32:
+        # Around the module's own forward, not around the engine's: DeepSpeed switches off an autocast it did not start.
+        model.forward = torch.autocast(device.type, dtype=autocast)(cast(Any, model).forward)  # type: ignore[method-assign]
+
+
+def compute_dtype(plan: MemoryPlan, device: torch.device) -> torch.dtype:
+    """The type a frozen tower computes in on this device."""
+    if plan.compute != "auto":
+        return torch_dtype(plan.compute)
+    return torch.bfloat16 if has_bf16_units(device) else torch.float32
+
+
+def autocast_dtype(plan: MemoryPlan, device: torch.device) -> torch.dtype:
+    """The type of matrix products in what is trained. On CPUs fp32, so that engines and machines agree."""
+    if plan.autocast != "auto":
+        return torch_dtype(plan.autocast)
+    return torch.bfloat16 if device.type == "cuda" and has_bf16_units(device) else torch.float32
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether bf16 matrix products run at full speed; emulated ones are several times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.cpu.get_capabilities()
+    if flags["architecture"] == "x86_64":  # oneDNN also calls bf16 supported where it emulates it with AVX-512
+        return bool(flags["avx512_bf16"] or flags["amx_bf16"])
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,87 @@
+"""What the training loop needs of an engine, and the plain PyTorch one."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Engine(Protocol):
+    """Forward, backward and step of one model on one rank. Gradients are averaged over ranks and micro-batches."""
+
+    name: str
+    """For logs and reports: `plain`, `ddp`, `zero3` …"""
+    module: nn.Module
+    device: torch.device
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Logits [b, classes] of clips [b, frames, 3, height, width]."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch's mean loss, to be called once after each forward."""
+        ...
+
+    def step(self) -> float | None:
+        """Update once `accumulate` micro-batches are in. Norm of the whole gradient before clipping, or None between updates."""
+        ...
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor]:
+        """Whole parameters of a part of the model, on the CPU: on rank 0; elsewhere nothing. Every rank must call it."""
+        ...
+
+
+class PlainEngine:
+    """PyTorch as it is: one process, or DistributedDataParallel where there are several."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        *,
+        device: torch.device,
+        accumulate: int,
+        clip_norm: float,
+    ) -> None:
+        self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
+        self.device, self.accumulate = device, accumulate
+        self.clip_norm = clip_norm or float("inf")
+        self.micro_batches = 0
+        self.ddp = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.ddp = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+        self.name = "plain" if self.ddp is None else "ddp"
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        if self.ddp is None:
+            return self.module(clips)
+        last = (self.micro_batches + 1) % self.accumulate == 0
+        # DDP decides in its forward whether the backward that follows reduces gradients.
+        with nullcontext() if last else self.ddp.no_sync():
+            return self.ddp(clips)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulate).backward()
+        self.micro_batches += 1
+
+    def step(self) -> float | None:
+        if self.micro_batches % self.accumulate:
+            return None
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return float(norm)
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor]:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        return {name: p.detach().cpu() for name, p in module.named_parameters()}

@@ -1,0 +1,43 @@
+"""Freezing, and saying what it saved."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bigvivit.units import TORCH_NAMES, format_bytes, format_count
+
+
+def freeze(module: nn.Module) -> None:
+    """No parameter of `module` asks for a gradient any more; it is in eval mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def full_numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also while ZeRO-3 holds only a shard of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) elements of a module, sharded or not."""
+    counts = {True: 0, False: 0}
+    for parameter in module.parameters():
+        counts[parameter.requires_grad] += full_numel(parameter)
+    return counts[True], counts[False]
+
+
+def describe_frozen(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """`froze tower: 1.01 B parameters, 1.88 GiB bf16, 0 B optimizer state`, from what is really there."""
+    parameters = list(module.parameters())
+    names = {f"torch.{long}": short for short, long in TORCH_NAMES.items()}
+    dtypes = sorted({names.get(str(p.dtype), str(p.dtype)) for p in parameters})
+    stored = sum(full_numel(p) * p.element_size() for p in parameters)
+    own = {id(p) for p in parameters}
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    state = sum(full_numel(p) * p.element_size() * moments for p in held)
+    return (
+        f"froze {name}: {format_count(count_parameters(module)[1])} parameters, "
+        f"{format_bytes(stored)} {'+'.join(dtypes)}, {format_bytes(state)} optimizer state"
+    )

@@ -1,0 +1,103 @@
+"""DeepSpeed's ZeRO 0 to 3 behind the Engine protocol. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from bigvivit.memory.stream import StreamedLayer
+
+log = logging.getLogger(__name__)
+
+
+def init_deepspeed(device: torch.device) -> None:
+    """Make DeepSpeed use the process group that exists, quietly, with or without a C++ compiler."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        go_on_without_compiler()
+    deepspeed.init_distributed(verbose=False)
+
+
+def go_on_without_compiler() -> None:
+    """On CPUs DeepSpeed compiles a shared-memory collective at start; gloo does the same work without it."""
+    backend = sys.modules["deepspeed.comm.torch"]
+    build = backend.build_shm_op
+
+    def build_or_none() -> Any:
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            reason = "no C++ compiler"
+        elif not shutil.which("ninja"):
+            reason = "no ninja on PATH"
+        else:
+            try:
+                return build()
+            except Exception as error:  # whatever a compiler can fail with; the op only makes things faster
+                reason = str(error).splitlines()[0]
+        if dist.get_rank() == 0:
+            log.warning("DeepSpeed's shared-memory op is not used (%s): collectives go through gloo", reason)
+        return None
+
+    backend.build_shm_op = build_or_none  # type: ignore[attr-defined]
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_sharder(ds: dict[str, Any]) -> Callable[[nn.Module], None] | None:
+    """For ZeRO-3, what partitions a module that has just been filled; None for the stages that keep weights whole."""
+    if zero_stage(ds) < 3:
+        return None
+
+    def shard(module: nn.Module) -> None:
+        # Every rank fills the piece; rank 0's values are the ones that count (DeepSpeed broadcasts them).
+        deepspeed.zero.Init(module=module, config_dict_or_path=ds, dtype=torch.float32)
+
+    return shard
+
+
+class ZeroEngine:
+    """A DeepSpeed engine; accumulation, clipping and the learning rate are its own."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, *, ds: dict[str, Any]
+    ) -> None:
+        self.stage = zero_stage(ds)
+        self.name = f"zero{self.stage}"
+        self.module = module
+        streamed = any(isinstance(part, StreamedLayer) for part in module.modules())
+        if self.stage == 3 and streamed:
+            # Gathered whole before its forward and let go after it, however many operations happen in between.
+            deepspeed.utils.set_z3_leaf_modules(module, [StreamedLayer])
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds, dist_init_required=False
+        )
+        self.device = torch.device(self.engine.device)
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        return self.engine(clips)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)  # divides by the number of micro-batches
+
+    def step(self) -> float | None:
+        updates = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if updates else None
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor]:
+        named = dict(module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(named.values()), enabled=self.stage == 3):
+            if dist.get_rank() > 0:
+                return {}
+            return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
