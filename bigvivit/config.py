@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from bigvivit.memory.plan import MemoryPlan
 
 
@@ -164,7 +166,9 @@ class TrainConfig:
             raise ConfigError(f"init_from={self.init_from} is for stage 2: leave it out, or give --stage 2")
         if self.stage == 1:
             if self.model.tower is None:
-                raise ConfigError("model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>")
+                raise ConfigError(
+                    "model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>"
+                )
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
             check_frames(self.clip.frames, self.model.tubelet)
 
@@ -196,3 +200,32 @@ def check_frames(frames: int, tubelet: int | None) -> None:
         below, above = frames // tubelet * tubelet, -(-frames // tubelet) * tubelet
         choice = f"{above}" if below == 0 else f"{below} or {above}"
         raise ConfigError(f"clip.frames={frames} is not a multiple of model.tubelet={tubelet}; try {choice}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a trained run: uniform views in time, crops in space, mean of their logits."""
+
+    run: Positional[Path]
+    """Run folder that training wrote."""
+    manifest: Path
+    """Manifest of the clips to evaluate on."""
+    views: int = 4
+    """Clips per video, their starts spread evenly (the original evaluates 4 views of 3 crops)."""
+    crops: Literal[1, 3] = 3
+    """1: centre. 3: start, centre and end of the longer side."""
+    batch_size: int = 8
+    """Videos per forward pass; their views go through one after the other."""
+    workers: int = 2
+    """Processes that decode videos; 0 decodes in this process."""
+    shuffle_frames: bool = False
+    """Permute the frames of each view in time: what accuracy is left does not come from their order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers} must not be negative")

@@ -28,7 +28,9 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
     try:
         ds = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"ds={path} cannot be read ({error.strerror}): give the path of a DeepSpeed JSON file") from None
+        raise ConfigError(
+            f"ds={path} cannot be read ({error.strerror}): give the path of a DeepSpeed JSON file"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"ds={path} is not JSON: {error}") from None
     if not isinstance(ds, dict):

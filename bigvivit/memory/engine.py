@@ -18,6 +18,7 @@ class Engine(Protocol):
     name: str
     """For logs and reports: `plain`, `ddp`, `zero3` …"""
     module: nn.Module
+    scheduler: LRScheduler
     device: torch.device
 
     def __call__(self, clips: Tensor) -> Tensor:

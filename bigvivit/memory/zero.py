@@ -74,7 +74,7 @@ class ZeroEngine:
     ) -> None:
         self.stage = zero_stage(ds)
         self.name = f"zero{self.stage}"
-        self.module = module
+        self.module, self.scheduler = module, scheduler
         streamed = any(isinstance(part, StreamedLayer) for part in module.modules())
         if self.stage == 3 and streamed:
             # Gathered whole before its forward and let go after it, however many operations happen in between.

@@ -1,0 +1,115 @@
+"""A model from a configuration or from a checkpoint: the one place where towers, plans and checkpoints meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bigvivit.config import ClipConfig, ConfigError, ModelConfig
+from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.load import Fill
+from bigvivit.model.towers import TowerSpec, build_tower, resolve_tower
+from bigvivit.model.transfer import transfer
+from bigvivit.model.vivit import ViViT, build_vivit
+from bigvivit.model.weights import open_weights, random_weights, tower_checksum
+from bigvivit.training.checkpoint import Header, read_trainables
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """A tower and where its weights come from, checked to be there."""
+
+    spec: TowerSpec
+    fill: Fill
+    folder: Path | None
+    """A trained tower's folder; None for a tower as it was published or drawn."""
+    checksum: str | None
+    """SHA-256 over the weight files; None for random weights."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank. Raises ConfigError for CUDA where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but PyTorch finds no CUDA device: leave it out, or give --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_tower(
+    model: ModelConfig, *, seed: int, folder: Path | None = None, checksum: str | None = None
+) -> TowerSource:
+    """The tower that `model` names, or the trained one in `folder`.
+
+    Raises ConfigError where it is not there or, given its `checksum`, not the one that was trained with.
+    """
+    assert model.tubelet is not None
+    try:
+        spec = resolve_tower(str(folder or model.tower))
+        if folder is None and model.tower_init == "random":
+            return TowerSource(spec, random_weights(spec, seed), None, None)
+        source = TowerSource(spec, open_weights(spec, model.tubelet), folder, tower_checksum(spec))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if checksum is not None and source.checksum != checksum:
+        raise ConfigError(
+            f"tower {folder or model.tower} is not the one this run was trained with (SHA-256 of its weights "
+            f"{source.checksum}, then {checksum}): put the old weights back, or train the stage again"
+        )
+    return source
+
+
+def build_model(
+    source: TowerSource, model: ModelConfig, clip: ClipConfig, *, classes: int, adapter: bool, seed: int
+) -> ViViT:
+    """The model with its small parts ready and its tower still without storage, on the meta device."""
+    assert model.tubelet is not None
+    assert model.temporal_depth is not None
+    with torch.device("meta"):
+        tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
+    return build_vivit(
+        tower,
+        frames=clip.frames,
+        tubelet=model.tubelet,
+        classes=classes,
+        temporal_depth=model.temporal_depth,
+        droplayer=model.droplayer,
+        adapter=adapter,
+        seed=seed,
+    )
+
+
+def tower_folder(run: Path, header: Header) -> Path | None:
+    """The trained tower a checkpoint belongs to; None where it is a tower as it was published."""
+    return None if header.tower_folder is None else run / header.tower_folder
+
+
+def load_trained(model: ViViT, run: Path, header: Header) -> None:
+    """A run's trained parts into a model, with every tensor that did not find its place logged with the reason."""
+    own = {name: p for name, p in model.named_parameters() if not name.startswith("tower.")}
+    with torch.no_grad():
+        for skipped in transfer(own, read_trainables(run, header)):
+            log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
+
+
+def load_run(run: Path, header: Header, device: torch.device) -> ViViT:
+    """A finished run's model, whole on this device, frozen and ready to evaluate."""
+    source = open_tower(
+        header.model, seed=header.seed, folder=tower_folder(run, header), checksum=header.tower_checksum
+    )
+    model = build_model(
+        source, header.model, header.clip, classes=len(header.classes), adapter=header.stage == 2, seed=header.seed
+    )
+    load_trained(model, run, header)
+    # A tower is evaluated as it was trained with: stage 1 holds it in fp32.
+    plan = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
+    apply_plan(model, plan, frozen=True, fill=source.fill, device=device)
+    return model.eval()

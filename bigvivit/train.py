@@ -1,0 +1,256 @@
+"""The main job: train one stage. Also `deepspeed bigvivit/train.py --ds ds_configs/zero3.json …` and `bigvivit train …`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import tyro
+
+from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
+from bigvivit.data.manifest import Manifest, read_manifest
+from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
+from bigvivit.training.checkpoint import HEADER, TOWER, Header, read_header, write_checkpoint
+from bigvivit.training.report import describe_run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from bigvivit.assemble import TowerSource
+    from bigvivit.memory.engine import Engine
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says; a wrong setting ends it with one message and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Launchers tell the rank on the device both ways; the environment is the one that all of them set.
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
+    try:
+        train(tyro.cli(TrainConfig, args=argv, prog="bigvivit train"))
+    except ConfigError as error:
+        if rank_and_world()[0] == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as every launcher says them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def train(config: TrainConfig) -> None:
+    """One stage from its configuration to its checkpoint in `config.out`."""
+    rank, world = rank_and_world()
+
+    # What can be wrong is found here, before torch is imported.
+    if (config.out / HEADER).exists():
+        raise ConfigError(f"out={config.out} holds a finished run: give another folder, or delete that one")
+    before = None
+    if config.init_from is not None:
+        before = read_header(config.init_from)
+        if before.stage != 1:
+            raise ConfigError(
+                f"init_from={config.init_from} is a run of stage {before.stage}: stage 2 starts from stage 1"
+            )
+        config = replace(config, model=resolve_model(config.model, inherited=before.model))
+    check_frames(config.clip.frames, config.model.tubelet)
+    manifest = read_manifest(config.data.train, before.classes if before else None)
+    micro_batch = micro_batch_size(config.optim, world)
+    ds = read_ds_json(config.ds, config.optim, world) if config.ds else None
+    if len(manifest.clips) // world // micro_batch // config.optim.accumulate == 0:
+        raise ConfigError(
+            f"optim.batch_size={config.optim.batch_size} is more than the {len(manifest.clips)} clips of "
+            f"{config.data.train}: give a smaller one"
+        )
+
+    run_stage(config, manifest, before, ds, rank=rank, world=world, micro_batch=micro_batch)
+
+
+def run_stage(
+    config: TrainConfig,
+    manifest: Manifest,
+    before: Header | None,
+    ds: dict | None,
+    *,
+    rank: int,
+    world: int,
+    micro_batch: int,
+) -> None:
+    """Build, apply the plan, train, keep."""
+    import torch
+
+    from bigvivit import assemble
+    from bigvivit.data.loader import build_train_loader
+    from bigvivit.memory.apply import apply_plan
+    from bigvivit.memory.engine import PlainEngine
+    from bigvivit.memory.freeze import count_parameters, describe_frozen
+    from bigvivit.memory.measure import measure_peak_over_ranks
+    from bigvivit.training import loop
+    from bigvivit.training.metrics import MetricsLog
+    from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
+
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log = logging.getLogger("bigvivit")
+    torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
+
+    device = assemble.choose_device(config.device)
+    source = assemble.open_tower(
+        config.model,
+        seed=config.seed,
+        folder=assemble.tower_folder(config.init_from, before) if config.init_from and before else None,
+        checksum=before.tower_checksum if before else None,
+    )
+    start_process_group(device, world, deepspeed=ds is not None)
+
+    model = assemble.build_model(
+        source, config.model, config.clip, classes=len(manifest.classes), adapter=config.stage == 2, seed=config.seed
+    )
+    pieces = model.tower.pieces()
+    if before is not None and config.init_from is not None:
+        assemble.load_trained(model, config.init_from, before)
+    shard = None
+    if ds is not None:
+        from bigvivit.memory.zero import ZeroEngine, build_sharder
+
+        shard = build_sharder(ds)
+    apply_plan(model, config.memory, frozen=config.stage == 2, fill=source.fill, device=device, shard=shard)
+
+    loader = build_train_loader(
+        config.clip,
+        manifest,
+        batch_size=micro_batch,
+        workers=config.data.workers,
+        rank=rank,
+        world=world,
+        seed=config.seed,
+    )
+    steps_per_epoch = len(loader) // config.optim.accumulate
+    steps = total_steps(config.optim, steps_per_epoch)
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, steps_per_epoch)
+    if config.stage == 2:
+        log.info(describe_frozen("tower", model.tower, optimizer))
+    trainable, frozen = count_parameters(model)
+    engine: Engine
+    if ds is None:
+        engine = PlainEngine(
+            model,
+            optimizer,
+            scheduler,
+            device=device,
+            accumulate=config.optim.accumulate,
+            clip_norm=config.optim.clip_norm,
+        )
+    else:
+        engine = ZeroEngine(model, optimizer, scheduler, ds=ds)
+
+    log.info(
+        "stage %d: %d clips, %d frames each, %d steps of %d, engine %s on %d %s rank(s)",
+        config.stage, len(manifest.clips), config.clip.frames, steps, config.optim.batch_size, engine.name, world, device.type,
+    )  # fmt: skip
+    metrics = None
+    if rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        record = describe_run(config, engine=engine.name, world=world, device=device)
+        (config.out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}")
+    try:
+        result = loop.train(engine, loader, config.optim, steps=steps, log_every=config.log_every, metrics=metrics)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+    peak = measure_peak_over_ranks(device)
+    keep(config, engine, source, pieces, manifest.classes)
+    if rank == 0:
+        summary = {
+            "stage": config.stage,
+            "frames": config.clip.frames,
+            "trainable_parameters": trainable,
+            "frozen_parameters": frozen,
+            "steps": result.steps,
+            "seconds_per_step": result.seconds_per_step,
+            "peak_bytes": peak.peak_bytes,
+            "peak_measured_by": peak.how,
+            "loss": result.loss,
+        }
+        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        log.info("kept %s", config.out)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def start_process_group(device: torch.device, world: int, *, deepspeed: bool) -> None:
+    """torch.distributed for several ranks, and for DeepSpeed, which wants it for one too."""
+    import torch.distributed as dist
+
+    if world == 1 and not deepspeed:
+        return
+    if world == 1:  # started without a launcher
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if deepspeed:
+        os.environ["DS_ACCELERATOR"] = device.type  # else DeepSpeed guesses, and may guess another than --device says
+        from bigvivit.memory.zero import init_deepspeed
+
+        init_deepspeed(device)
+
+
+def keep(
+    config: TrainConfig,
+    engine: Engine,
+    source: TowerSource,
+    pieces: list[tuple[str, nn.Module]],
+    classes: tuple[str, ...],
+) -> None:
+    """The stage's checkpoint. Every rank must call it: sharded engines gather one piece at a time, and rank 0 writes."""
+    from bigvivit.model.weights import finish_tower, tower_checksum, write_piece
+
+    rank, _ = rank_and_world()
+    folder, checksum = source.folder, source.checksum
+    if config.stage == 1:
+        folder = config.out / TOWER
+        for name, piece in pieces:
+            state = engine.gather(piece)
+            if rank == 0:
+                write_piece(folder, source.spec, name, state)
+        if rank == 0:
+            finish_tower(folder, source.spec)
+            checksum = tower_checksum(folder)
+    trainables: dict[str, Tensor] = {}
+    for name, part in engine.module.named_children():
+        if name != "tower":
+            trainables.update({f"{name}.{key}": value for key, value in engine.gather(part).items()})
+    if rank == 0:
+        header = Header(
+            stage=config.stage,
+            model=config.model,
+            clip=config.clip,
+            memory=config.memory,
+            classes=classes,
+            seed=config.seed,
+            tower_folder=None if folder is None else os.path.relpath(folder, config.out),
+            tower_checksum=checksum,
+        )
+        write_checkpoint(config.out, header, trainables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Where a run's numbers go: a line in `metrics.jsonl`, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bigvivit.units import format_bytes
+
+
+class MetricsLog:
+    """Rank 0's record of training: every reported step as JSON, a moving line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, path: Path, total_steps: int, label: str) -> None:
+        self.file = path.open("w")
+        self.total_steps = total_steps
+        self.progress: Progress | None = None
+        if sys.stdout.isatty():
+            self.progress = Progress(
+                TextColumn(label),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(compact=True),
+                console=Console(),
+            )
+            self.task = self.progress.add_task(label, total=total_steps, line="")
+            self.progress.start()
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Write one record; `step`, `loss`, `lr`, `clips_per_second`, `peak_bytes` and `seconds_left` are shown."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        line = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  "
+            f"{format_bytes(record['peak_bytes'])}"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=record["step"], line=line)
+        else:
+            left = f"{record['seconds_left']:.0f} s left"
+            print(f"step {record['step']}/{self.total_steps}  {line}  {left}", flush=True)
+
+    def close(self) -> None:
+        """Stop the moving line and close the file."""
+        if self.progress is not None:
+            self.progress.stop()
+        self.file.close()

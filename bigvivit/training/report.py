@@ -1,0 +1,93 @@
+"""What a run was, and how runs compare."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from bigvivit.config import ConfigError, TrainConfig
+from bigvivit.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("bigvivit", "torch", "torchvision", "transformers", "deepspeed", "decord")
+
+
+def describe_run(config: TrainConfig, *, engine: str, world: int, device: torch.device) -> dict[str, Any]:
+    """Everything needed to run it again: command, resolved configuration, commit, versions, machine."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": read_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "engine": engine,
+        "ranks": world,
+        "device": describe_device(device),
+        "config": asdict(config),
+    }
+
+
+def read_commit() -> str | None:
+    """The commit of the checkout this package runs from, `+` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_device(device: torch.device) -> str:
+    """The accelerator's or the processor's name."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder. Raises ConfigError where it is missing."""
+    try:
+        return json.loads(path.read_text())
+    except OSError:
+        raise ConfigError(f"{path} is not there: has this run finished, and been evaluated?") from None
+
+
+def build_table(runs: list[Path]) -> Table:
+    """One row per finished and evaluated run."""
+    table = Table(title="bigvivit")
+    for heading in ("run", "stage", "frames", "trainable", "frozen", "s/step", "peak memory", "top-1", "top-5"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    counters = set()
+    for run in runs:
+        summary, accuracy = read_json(run / "summary.json"), read_json(run / "eval.json")
+        counters.add(summary["peak_measured_by"])
+        table.add_row(
+            str(run),
+            str(summary["stage"]),
+            str(summary["frames"]),
+            format_count(summary["trainable_parameters"]),
+            format_count(summary["frozen_parameters"]),
+            f"{summary['seconds_per_step']:.3f}",
+            format_bytes(summary["peak_bytes"]),
+            f"{accuracy['top1']:.1%}",
+            f"{accuracy['top5']:.1%}",
+        )
+    table.caption = f"peak memory: largest rank, {' / '.join(sorted(counters))}"
+    return table

@@ -1,0 +1,48 @@
+"""The train step. Training, benches, memory tests and forecasts all run this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from bigvivit.memory.engine import Engine
+
+
+class LabelledClips(Protocol):
+    """One micro-batch."""
+
+    clips: Tensor
+    """uint8 [b, frames, 3, height, width]."""
+    labels: Tensor
+    """int64 [b]."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to, on this rank."""
+
+    loss: Tensor
+    """Mean over the micro-batches, a scalar on the device."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+
+
+def train_step(engine: Engine, batches: Sequence[LabelledClips], *, label_smoothing: float = 0.0) -> StepResult:
+    """Forward and backward of each micro-batch, then one update. `batches` are as many as the engine accumulates."""
+    losses, grad_norm = [], None
+    for batch in batches:
+        # Clips cross to the device as bytes, a quarter of their size in floats; the tower normalises them there.
+        clips = batch.clips.to(engine.device, non_blocking=True)
+        labels = batch.labels.to(engine.device, non_blocking=True)
+        logits = engine(clips)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        engine.backward(loss)
+        grad_norm = engine.step()
+        losses.append(loss.detach())
+    assert grad_norm is not None, f"{len(batches)} micro-batches did not complete a step of engine {engine.name}"
+    return StepResult(torch.stack(losses).mean(), grad_norm)

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# ./launch.sh            the whole method on generated clips: stage 1, stage 2, evaluation, one table
+# ./launch.sh test       the tests
+# ./launch.sh train ...  deepspeed bigvivit/train.py ...
+# Each sets up .venv first, once. PYTHON=python3.12 chooses another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+setup() {
+  local python=${PYTHON:-python3} stamp=.venv/installed extras=$1
+  local wanted; wanted="$extras $(cksum < pyproject.toml)"
+  [ "$(cat $stamp 2>/dev/null)" = "$wanted" ] && return
+  command -v "$python" >/dev/null || fail "$python is not on PATH: install Python 3.10 or newer, or name one: PYTHON=... ./launch.sh"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: bigvivit needs Python 3.10 or newer"
+  [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "$python has no working venv module: install python3-venv"
+  echo "installing bigvivit[$extras] into .venv (once; PyTorch is large)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+  echo "$wanted" > $stamp
+}
+
+# Ranks: one per GPU; on a machine without, two on the CPU, which share its cores.
+choose_ranks() {
+  RANKS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  [ "$RANKS" -gt 0 ] && return
+  RANKS=2
+  local cores; cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores > RANKS ? cores / RANKS : 1 ))}
+}
+
+train() { # folder of the run, then arguments of bigvivit/train.py
+  local out=$1; shift
+  [ -f "$out/checkpoint.json" ] && { echo "$out is there already"; return; }
+  deepspeed --num_gpus "$RANKS" bigvivit/train.py --ds ds_configs/zero3.json --out "$out" "$@"
+}
+
+evaluate() { # folder of the run
+  [ -f "$1/eval.json" ] || bigvivit eval "$1" --manifest data/demo/val.csv --views 1 --crops 1
+}
+
+main() {
+  case "${1:-demo}" in
+    test)
+      setup dev; shift
+      export PATH="$PWD/.venv/bin:$PATH"
+      exec python -m pytest "$@" ;;
+    train)
+      setup dev; shift
+      export PATH="$PWD/.venv/bin:$PATH"
+      choose_ranks
+      exec deepspeed --num_gpus "$RANKS" bigvivit/train.py "$@" ;;
+    demo) ;;
+    *) fail "./launch.sh knows 'test' and 'train ...', or nothing at all; not '$1'" ;;
+  esac
+  setup dev
+  export PATH="$PWD/.venv/bin:$PATH"
+  choose_ranks
+  bigvivit demo data/demo
+  train runs/demo/stage1 --stage 1 --data.train data/demo/train.csv --model.tower vit-demo
+  train runs/demo/stage2 --stage 2 --data.train data/demo/train.csv --init-from runs/demo/stage1
+  evaluate runs/demo/stage1
+  evaluate runs/demo/stage2
+  bigvivit report runs/demo/stage1 runs/demo/stage2
+}
+
+main "$@"

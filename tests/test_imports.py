@@ -1,0 +1,90 @@
+"""Who may import whom (the layout in README, "How it works")."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ANYTHING = {"train", "eval", "predict", "cli", "assemble"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "units": set(),
+    "memory.plan": {"units"},
+    "config": {"units", "memory.plan"},
+    "recipes": {"config"},
+    "model": {"model", "units"},
+    "memory": {"memory", "units", "config"},
+    "training": {"training", "units", "config", "memory"},
+    "forecast": {"forecast", "memory", "training.step", "config", "units"},
+    "data": {"data", "units", "config"},
+}
+OUTSIDE_ONLY_IN = {"deepspeed": {"memory.zero"}, "torch.distributed.fsdp": {"memory.fsdp"}}
+FILES = sorted((ROOT / "bigvivit").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "bigvivit").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute names of all that a file imports, at the top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def faults(module: str, names: set[str]) -> list[str]:
+    """The imports of a module that break a rule."""
+    found = []
+    for name in sorted(names):
+        for package, homes in OUTSIDE_ONLY_IN.items():
+            if f"{name}.".startswith(f"{package}.") and module not in homes:
+                found.append(f"{module} imports {name}, which only {homes} may")
+        top, _, inner = name.partition(".")
+        if top in ("bench", "tests"):
+            found.append(f"{module} imports {name}")
+        if top == "bigvivit" and module.partition(".")[0] not in ANYTHING:
+            allowed = MAY_IMPORT.get(module) or MAY_IMPORT[module.partition(".")[0]]
+            if not any(f"{inner}.".startswith(f"{prefix}.") for prefix in allowed):
+                found.append(f"{module} imports {name}; allowed: {sorted(allowed) or 'nothing'}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_follow_the_layout(path: Path) -> None:
+    assert faults(module_name(path), imported_names(path)) == []
+
+
+def test_the_rule_sees_a_fault() -> None:
+    assert faults("model.vivit", {"bigvivit.memory.plan.MemoryPlan"})
+    assert faults("memory.apply", {"bigvivit.model.vivit.ViViT"})
+    assert faults("units", {"bigvivit.config.ConfigError"})
+    assert faults("training.loop", {"deepspeed"})
+    assert faults("data.loader", {"tests.conftest.clip"})
+    assert not faults("train", {"bigvivit.model.vivit.ViViT"})
+
+
+@pytest.mark.parametrize("module", ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval"])
+def test_what_needs_no_torch_imports_none(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"import {module} brings in {done.stderr}"
+
+
+def test_no_module_takes_a_name_that_others_import() -> None:
+    """`deepspeed bigvivit/train.py` puts bigvivit/ first on sys.path."""
+    own = {path.stem for path in (ROOT / "bigvivit").iterdir()} - {"__init__", "__pycache__"}
+    clash = own & sys.stdlib_module_names
+    assert clash == set()
+    assert not own & {"build", "datasets", "evaluate", "deepspeed", "profile", "packaging", "tests"}
