@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,10 @@ from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.load import Fill
 from bigvivit.model.towers import TowerSpec, build_tower, resolve_tower
-from bigvivit.model.transfer import transfer
+from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
-from bigvivit.model.weights import open_weights, random_weights, tower_checksum
+from bigvivit.model.weights import fetch_weights, open_weights, random_weights, tower_checksum
 from bigvivit.training.checkpoint import Header, read_trainables
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,8 @@ def open_tower(
         spec = resolve_tower(str(folder or model.tower))
         if folder is None and model.tower_init == "random":
             return TowerSource(spec, random_weights(spec, seed), None, None)
-        source = TowerSource(spec, open_weights(spec, model.tubelet), folder, tower_checksum(spec))
+        weights = fetch_weights(spec)
+        source = TowerSource(spec, open_weights(spec, weights, model.tubelet), folder, tower_checksum(weights))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if checksum is not None and source.checksum != checksum:
@@ -73,8 +71,10 @@ def build_model(
     """The model with its small parts ready and its tower still without storage, on the meta device."""
     assert model.tubelet is not None
     assert model.temporal_depth is not None
-    with torch.device("meta"):
+    try:
         tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return build_vivit(
         tower,
         frames=clip.frames,
@@ -92,12 +92,10 @@ def tower_folder(run: Path, header: Header) -> Path | None:
     return None if header.tower_folder is None else run / header.tower_folder
 
 
-def load_trained(model: ViViT, run: Path, header: Header) -> None:
-    """A run's trained parts into a model, with every tensor that did not find its place logged with the reason."""
-    own = {name: p for name, p in model.named_parameters() if not name.startswith("tower.")}
-    with torch.no_grad():
-        for skipped in transfer(own, read_trainables(run, header)):
-            log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
+def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
+    """A run's trained parts into a model. Returns every tensor that found no place, with the reason."""
+    own: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not name.startswith("tower.")}
+    return transfer(own, read_trainables(run, header))
 
 
 def load_run(run: Path, header: Header, device: torch.device) -> ViViT:
@@ -108,7 +106,9 @@ def load_run(run: Path, header: Header, device: torch.device) -> ViViT:
     model = build_model(
         source, header.model, header.clip, classes=len(header.classes), adapter=header.stage == 2, seed=header.seed
     )
-    load_trained(model, run, header)
+    if skipped := load_trained(model, run, header):
+        names = ", ".join(entry.name for entry in skipped)
+        raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
     # A tower is evaluated as it was trained with: stage 1 holds it in fp32.
     plan = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
     apply_plan(model, plan, frozen=True, fill=source.fill, device=device)

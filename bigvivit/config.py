@@ -177,7 +177,7 @@ MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=
 
 
 def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelConfig:
-    """Fill what `given` leaves out: from stage 1 where there was one (and may not be contradicted), else the defaults."""
+    """Fill what `given` leaves out: from stage 1 where there was one (no contradicting it), else the defaults."""
     known = inherited or MODEL_DEFAULTS
     changes, contradictions = {}, []
     for item in fields(ModelConfig):

@@ -57,7 +57,7 @@ def result_path(run: Path, shuffle_frames: bool) -> Path:
 
 
 def evaluate(model: nn.Module, loader: Any, *, classes: int, device: torch.device) -> dict[str, float]:
-    """Top-1 and top-5 of the mean of each video's logits over its views (the original averages logits, not probabilities)."""
+    """Top-1 and top-5 of each video's logits, averaged over its views (the original does not average probabilities)."""
     import torch
     from rich.progress import track
     from torchmetrics.classification import MulticlassAccuracy

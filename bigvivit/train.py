@@ -1,4 +1,4 @@
-"""The main job: train one stage. Also `deepspeed bigvivit/train.py --ds ds_configs/zero3.json …` and `bigvivit train …`."""
+"""The main job: train one stage. `deepspeed bigvivit/train.py --ds ds_configs/zero3.json …`, or `bigvivit train …`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def run_stage(
     )
     pieces = model.tower.pieces()
     if before is not None and config.init_from is not None:
-        assemble.load_trained(model, config.init_from, before)
+        for skipped in assemble.load_trained(model, config.init_from, before):
+            log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
     shard = None
     if ds is not None:
         from bigvivit.memory.zero import ZeroEngine, build_sharder
@@ -153,8 +154,15 @@ def run_stage(
 
     log.info(
         "stage %d: %d clips, %d frames each, %d steps of %d, engine %s on %d %s rank(s)",
-        config.stage, len(manifest.clips), config.clip.frames, steps, config.optim.batch_size, engine.name, world, device.type,
-    )  # fmt: skip
+        config.stage,
+        len(manifest.clips),
+        config.clip.frames,
+        steps,
+        config.optim.batch_size,
+        engine.name,
+        world,
+        device.type,
+    )
     metrics = None
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -220,19 +228,20 @@ def keep(
     pieces: list[tuple[str, nn.Module]],
     classes: tuple[str, ...],
 ) -> None:
-    """The stage's checkpoint. Every rank must call it: sharded engines gather one piece at a time, and rank 0 writes."""
+    """The stage's checkpoint. Every rank must call it: sharded engines gather piece by piece, and rank 0 writes."""
     from bigvivit.model.weights import finish_tower, tower_checksum, write_piece
 
     rank, _ = rank_and_world()
     folder, checksum = source.folder, source.checksum
     if config.stage == 1:
+        assert config.model.tubelet is not None
         folder = config.out / TOWER
         for name, piece in pieces:
             state = engine.gather(piece)
             if rank == 0:
                 write_piece(folder, source.spec, name, state)
         if rank == 0:
-            finish_tower(folder, source.spec)
+            finish_tower(folder, source.spec, config.model.tubelet)
             checksum = tower_checksum(folder)
     trainables: dict[str, Tensor] = {}
     for name, part in engine.module.named_children():

@@ -78,7 +78,7 @@ def test_the_rule_sees_a_fault() -> None:
 @pytest.mark.parametrize("module", ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval"])
 def test_what_needs_no_torch_imports_none(module: str) -> None:
     code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"import {module} brings in {done.stderr}"
 
 

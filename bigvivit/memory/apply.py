@@ -42,7 +42,7 @@ def apply_plan(
     autocast = autocast_dtype(plan, device)
     if autocast != torch.float32:
         # Around the module's own forward, not around the engine's: DeepSpeed switches off an autocast it did not start.
-        model.forward = torch.autocast(device.type, dtype=autocast)(cast(Any, model).forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast(device.type, dtype=autocast)(cast(Any, model).forward)
 
 
 def compute_dtype(plan: MemoryPlan, device: torch.device) -> torch.dtype:

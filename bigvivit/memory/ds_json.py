@@ -55,7 +55,7 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
     faults += [f'{where} is "auto", which nothing here fills: give a number' for where in find_auto(ds)]
     if faults:
         raise ConfigError(f"ds={path} contradicts the command line:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    # Torch's own SGD is on no list of DeepSpeed's; it holds one state tensor per parameter, which ZeRO shards like any other.
+    # Torch's own SGD is on no list of DeepSpeed's; its one state tensor per parameter is sharded like any other's.
     return {**ds, "zero_allow_untested_optimizer": True}
 
 
@@ -64,8 +64,8 @@ def micro_batch_size(optim: OptimConfig, world: int) -> int:
     parts = world * optim.accumulate
     if optim.batch_size % parts:
         raise ConfigError(
-            f"optim.batch_size={optim.batch_size} does not divide over {world} ranks * optim.accumulate={optim.accumulate}; "
-            f"try {-(-optim.batch_size // parts) * parts}"
+            f"optim.batch_size={optim.batch_size} does not divide over {world} ranks * "
+            f"optim.accumulate={optim.accumulate}; try {-(-optim.batch_size // parts) * parts}"
         )
     return optim.batch_size // parts
 

@@ -30,11 +30,14 @@ class Engine(Protocol):
         ...
 
     def step(self) -> float | None:
-        """Update once `accumulate` micro-batches are in. Norm of the whole gradient before clipping, or None between updates."""
+        """Update once `accumulate` micro-batches are in.
+
+        The norm of the whole gradient before clipping, or None between updates.
+        """
         ...
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
-        """Whole parameters of a part of the model, on the CPU: on rank 0; elsewhere nothing. Every rank must call it."""
+        """Whole parameters of a part of the model, on the CPU of rank 0; nothing elsewhere. Every rank must call it."""
         ...
 
 

@@ -21,13 +21,12 @@ def load_pieces(
 ) -> None:
     """Materialise, fill and place each piece before the next one exists.
 
-    At no time is more than one piece whole in memory beside what has been placed: with `shard`, a rank never holds the tower.
-    The pieces come on the meta device; they are filled in `storage` directly, so that no copy in the file's type is kept.
+    At no time is more than one piece whole in memory beside what has been placed: with `shard`, a rank never holds
+    the tower. The pieces come on the meta device; they are filled in `storage`, so no copy in the file's type is kept.
     """
     for name, piece in pieces:
         piece.to(storage).to_empty(device="cpu")
         fill(name, piece)
-        if shard is None:
-            piece.to(device)
-        else:
+        piece.to(device)  # also before sharding, which moves parameters but not buffers
+        if shard is not None:
             shard(piece)

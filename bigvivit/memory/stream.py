@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ class StreamedLayer(nn.Module):
         self.compute = compute
 
     def forward(self, x: Tensor, **extras: Any) -> Any:
-        weights = dict(self.layer.named_parameters())
+        weights: dict[str, Tensor] = dict(self.layer.named_parameters())
         if all(weight.dtype == self.compute for weight in weights.values()):
             return self.layer(x, **extras)
         # The cast copy lives for this call only: one layer in the compute type, the rest in the storage type.
-        weights = {name: cast(nn.Parameter, weight.to(self.compute)) for name, weight in weights.items()}
+        weights = {name: weight.to(self.compute) for name, weight in weights.items()}
         return torch.func.functional_call(self.layer, weights, (x,), extras)
 
 

@@ -80,7 +80,7 @@ def train(
 
 
 def micro_batches(loader: ClipLoader, accumulate: int) -> Iterator[tuple[int, list[LabelledClips]]]:
-    """(epoch, micro-batches of one optimizer step), epoch after epoch; what does not fill a step at an epoch's end is dropped."""
+    """(epoch, micro-batches of one step), without end; what does not fill a step at an epoch's end is dropped."""
     for epoch in itertools.count():
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)

@@ -12,7 +12,8 @@ from bigvivit.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or AdamW, over what asks for a gradient."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # what ZeRO-3 has sharded keeps its shape there

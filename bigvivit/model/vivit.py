@@ -1,0 +1,68 @@
+"""ViViT's factorised encoder: tower per tubelet, adapter in stage 2, temporal transformer, head (paper, §3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bigvivit.model.adapter import Adapter
+from bigvivit.model.blocks import init_weights
+from bigvivit.model.temporal import TemporalTransformer
+from bigvivit.model.towers import Tower
+from bigvivit.model.tubelet import to_tubelets
+
+
+class ViViT(nn.Module):
+    """uint8 clips to logits. `tower` may be replaced by anything that maps uint8 [n, t * 3, h, w] to [n, width]."""
+
+    def __init__(
+        self, tower: nn.Module, adapter: Adapter | None, temporal: TemporalTransformer, head: nn.Linear, tubelet: int
+    ) -> None:
+        super().__init__()
+        self.tower, self.adapter, self.temporal, self.head = tower, adapter, temporal, head
+        self.tubelet = tubelet
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """uint8 [b, frames, 3, h, w] → logits [b, classes]."""
+        vectors = self.tower(to_tubelets(clips, self.tubelet))
+        vectors = vectors.view(len(clips), -1, vectors.shape[-1]).to(self.head.weight.dtype)
+        if self.adapter is not None:
+            vectors = self.adapter(vectors)
+        return self.head(self.temporal(vectors))
+
+
+def build_vivit(
+    tower: Tower,
+    *,
+    frames: int,
+    tubelet: int,
+    classes: int,
+    temporal_depth: int,
+    droplayer: float,
+    adapter: bool,
+    seed: int,
+) -> ViViT:
+    """The model around a tower that may still be on the meta device; all else has its initial weights, on the CPU.
+
+    The temporal layers are as wide as the tower's, as in the original. The head starts at zero: so do all logits.
+    """
+    spec = tower.spec
+    with torch.device("cpu"):
+        between = Adapter(spec.width) if adapter else None
+        temporal = TemporalTransformer(
+            tubelets=frames // tubelet,
+            width=spec.width,
+            heads=spec.heads,
+            mlp=spec.mlp,
+            depth=temporal_depth,
+            droplayer=droplayer,
+        )
+        head = nn.Linear(spec.width, classes)
+    init_weights(temporal, seed, "temporal")
+    nn.init.zeros_(temporal.cls_token)
+    if between is not None:
+        init_weights(between, seed, "adapter")
+        nn.init.zeros_(between.fc2.weight)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return ViViT(tower, between, temporal, head, tubelet)

@@ -1,0 +1,224 @@
+"""A tower's weights: from safetensors files, drawn at random, and back into a folder that Hugging Face can read.
+
+A `Fill` copies the weights of one named piece into a module that has room for them on the CPU, tensor by tensor:
+neither a whole file nor a copy in the file's type is ever in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
+
+from bigvivit.model.blocks import init_weights
+from bigvivit.model.towers import SIZES, TowerSpec, build_hf_model, hf_name
+from bigvivit.model.tubelet import inflate_kernel
+
+Fill = Callable[[str, nn.Module], None]
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DOWNLOADED = ["config.json", "preprocessor_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+"""A hub repository often holds the same weights in other formats too; these files are what is read."""
+
+
+def random_weights(spec: TowerSpec, seed: int) -> Fill:
+    """Initial weights, the same for (seed, piece) whatever the order and the engine."""
+    scale = float(getattr(spec.config, "layerscale_value", 1.0))
+
+    def fill(name: str, piece: nn.Module) -> None:
+        refill_buffers(piece)
+        init_weights(piece, seed, f"tower.{name}", layer_scale=scale)
+
+    return fill
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one of Hugging Face's parameters is stored."""
+
+    file: Path
+    key: str
+    share: tuple[int, int] | None = None
+    """(i, n): the i-th of n equal parts along the first axis, where the file keeps several in one."""
+
+
+def fetch_weights(spec: TowerSpec) -> Path:
+    """The local folder with the tower's weights, downloaded from the hub where it must be.
+
+    Raises ValueError where there are none in safetensors.
+    """
+    folder = Path(spec.name)
+    if spec.name in SIZES:
+        raise ValueError(
+            f"model.tower={spec.name} is a size without published weights: add --model.tower-init random, "
+            f"or give a model in Hugging Face format"
+        )
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(spec.name, allow_patterns=DOWNLOADED))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(f"the weights of tower {spec.name} could not be downloaded: {error}") from None
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+        found = f" ({', '.join(others)} would have to be unpickled, which can run any code)" if others else ""
+        raise ValueError(
+            f"tower {spec.name} has neither {WEIGHTS} nor {INDEX}{found}: convert it with transformers' save_pretrained"
+        )
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a tower, in the order of their names. Raises ValueError where one is missing."""
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged ({error!r}): fetch the model again") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def tower_checksum(folder: Path) -> str:
+    """SHA-256 over the weight files, in the order of their names."""
+    total = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
+
+
+def open_weights(spec: TowerSpec, folder: Path, tubelet: int) -> Fill:
+    """What reads the tower's weights from `folder`, checked to be all there and of the right shape.
+
+    An image's patch kernel is inflated to `tubelet` frames; one that already spans them is taken as it is.
+    Raises ValueError that names every tensor that is missing or misshapen.
+    """
+    kernel = kernel_name(spec, tubelet)
+    stored = find_tensors(spec, folder, tubelet)
+
+    def fill(name: str, piece: nn.Module) -> None:
+        refill_buffers(piece)
+        with ExitStack() as stack, torch.no_grad():
+            files: dict[Path, Any] = {}
+            for key, parameter in piece.named_parameters():
+                full = hf_name(spec, name, key)
+                where = stored[full]
+                if where.file not in files:
+                    files[where.file] = stack.enter_context(safe_open(where.file, framework="pt"))
+                tensor = files[where.file].get_tensor(where.key)
+                if where.share is not None:
+                    tensor = tensor.chunk(where.share[1])[where.share[0]]
+                if full == kernel and tensor.shape != parameter.shape:
+                    tensor = inflate_kernel(tensor, tubelet)
+                parameter.copy_(tensor)
+
+    return fill
+
+
+def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, StoredTensor]:
+    """Where every parameter of Hugging Face's model is stored, by its name in the version installed."""
+    model = build_hf_model(spec, tubelet)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kernel = kernel_name(spec, tubelet)
+    stored, shapes = {}, {}
+    # transformers' own table of what checkpoints called these tensors over the years.
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    shape = tuple(opened.get_slice(key).get_shape())
+                    full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+                    names = [full] if pattern is None else split_names(full, pattern, converters)
+                    for part, name in enumerate(names):
+                        share = (part, len(names)) if len(names) > 1 else None
+                        stored[name] = StoredTensor(file, key, share)
+                        shapes[name] = shape if share is None else (shape[0] // len(names), *shape[1:])
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
+
+    def fits(name: str) -> bool:
+        image_kernel = (wanted[name][0], 3, *wanted[name][2:]) if name == kernel else None
+        return shapes[name] in (wanted[name], image_kernel)
+
+    faults = [f"{name} is missing" for name in wanted if name not in stored]
+    faults += [
+        f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
+        for name in wanted
+        if name in shapes and not fits(name)
+    ]
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ValueError(
+            f"the weights in {folder} are not those of a {spec.config.model_type} tower with these dimensions and "
+            f"model.tubelet={tubelet}: {'; '.join(faults[:10])}{more}"
+        )
+    return stored
+
+
+def split_names(full: str, pattern: str, converters: list[WeightConverter]) -> list[str]:
+    """The parameters that a stored tensor is to be cut into, `full` being the first of them."""
+    (converter,) = (entry for entry in converters if pattern in entry.source_patterns)
+    operations = [type(operation) for operation in converter.operations]
+    assert operations == [Chunk], f"{pattern} asks for {operations}"
+    first, *_ = converter.target_patterns
+    return [full.replace(first, target) for target in converter.target_patterns]
+
+
+def kernel_name(spec: TowerSpec, tubelet: int) -> str:
+    """Hugging Face's name of the patch kernel: the one convolution."""
+    model = build_hf_model(spec, tubelet)
+    (name,) = (name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    return f"{name}.weight"
+
+
+def refill_buffers(piece: nn.Module) -> None:
+    """CLIP's position_ids lose their values with their storage on the meta device."""
+    for name, buffer in piece.named_buffers():
+        assert name.endswith("position_ids"), f"buffer {name} has no known value"
+        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+
+
+def write_piece(folder: Path, spec: TowerSpec, name: str, state: dict[str, Tensor]) -> None:
+    """One trained piece as a safetensors file, under Hugging Face's names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {hf_name(spec, name, key): tensor.contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def finish_tower(folder: Path, spec: TowerSpec, tubelet: int) -> None:
+    """The configuration and the index that make the written pieces a model that `from_pretrained` loads.
+
+    Its patch kernel spans the tubelet, so to Hugging Face it is a model of images with 3 * tubelet channels.
+    """
+    model = build_hf_model(spec, tubelet)
+    model.config.save_pretrained(folder)
+    normalisation = {"image_mean": spec.mean, "image_std": spec.std, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+    weight_map = {key: file.name for file in sorted(folder.glob("*.safetensors")) for key in stored_names(file)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def stored_names(file: Path) -> Iterator[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        yield from opened.keys()

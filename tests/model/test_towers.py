@@ -1,0 +1,108 @@
+"""Towers against Hugging Face's own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Model, ResNetConfig, ResNetModel
+
+from bigvivit.model.towers import SIZES, build_tower, resolve_tower
+from bigvivit.model.weights import open_weights
+from tests.model.reference import DEMO, MODELS, draw_images, frame_vectors, load, save
+
+
+@pytest.mark.parametrize("image_size", [32, 48])
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_give_what_the_hugging_face_model_gives(name: str, image_size: int, tmp_path: Path) -> None:
+    model = save(MODELS[name](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = load(spec, open_weights(spec, tmp_path, 1), tubelet=1, image_size=image_size)
+    images = draw_images(2, 3, image_size)
+    difference = (tower(images) - frame_vectors(model, spec, images)).abs().max()
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(("tubelet", "central"), [(2, 1), (3, 1), (4, 2)])
+def test_an_inflated_tower_sees_the_central_frame(tubelet: int, central: int, tmp_path: Path) -> None:
+    model = save(MODELS["vit"](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = load(spec, open_weights(spec, tmp_path, tubelet), tubelet=tubelet, image_size=32)
+    images = draw_images(2, 3 * tubelet, 32)
+    frame = images[:, 3 * central : 3 * central + 3]
+    torch.testing.assert_close(tower(images), frame_vectors(model, spec, frame), rtol=0, atol=1e-5)
+
+
+def test_pieces_hold_every_parameter_once() -> None:
+    tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
+    names = [name for name, _ in tower.pieces()]
+    held = [id(parameter) for _, piece in tower.pieces() for parameter in piece.parameters()]
+    assert names == ["embed", "layers.0", "layers.1", "layers.2", "layers.3", "pool"]
+    assert sorted(held) == sorted(id(parameter) for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "heads", "mlp"),
+    [
+        ("vit-b", 12, 768, 12, 3072),
+        ("vit-l", 24, 1024, 16, 4096),
+        ("vit-h", 32, 1280, 16, 5120),
+        ("vit-g", 40, 1408, 16, 6144),
+    ],
+)
+def test_sizes_of_the_paper(name: str, layers: int, width: int, heads: int, mlp: int) -> None:
+    spec = resolve_tower(name)
+    tower = build_tower(spec, tubelet=2, image_size=224, droplayer=0.0)
+    assert (len(tower.layers), spec.width, spec.heads, spec.mlp) == (layers, width, heads, mlp)
+    patches = (224 // SIZES[name].patch_size) ** 2
+    per_layer = 4 * (width * width + width) + 2 * width * mlp + mlp + width + 4 * width
+    embed = width * 6 * SIZES[name].patch_size ** 2 + width + width * (patches + 2)
+    assert sum(parameter.numel() for parameter in tower.parameters()) == layers * per_layer + embed + 2 * width
+
+
+def test_attention_runs_through_sdpa(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save(MODELS["clip"](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = load(spec, open_weights(spec, tmp_path, 1), tubelet=1, image_size=32)
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **options: calls.append(1) or attention(*args, **options),
+    )
+    tower(draw_images(1, 3, 32))
+    assert len(calls) == len(tower.layers)
+
+
+def test_normalisation_is_the_models_own(tmp_path: Path) -> None:
+    save(MODELS["dinov2"](), tmp_path)
+    assert resolve_tower(str(tmp_path)).mean == (0.485, 0.456, 0.406)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    spec = resolve_tower(str(tmp_path))
+    assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_size_that_patches_do_not_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clip.size=50 .* 8 pixels; try 48 or 56"):
+        build_tower(DEMO, tubelet=2, image_size=50, droplayer=0.0)
+
+
+def test_unknown_towers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a folder with a config.json"):
+        resolve_tower(str(tmp_path / "nothing"))
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"type 'resnet'; bigvivit knows vit, clip_vision_model, dinov2"):
+        resolve_tower(str(tmp_path))
+
+
+def test_a_real_pretrained_tower(shared: Callable[[str], Path]) -> None:
+    folder = shared("models/dinov2-small")
+    model = Dinov2Model.from_pretrained(folder, dtype=torch.float32).eval()
+    spec = resolve_tower(str(folder))
+    tower = load(spec, open_weights(spec, folder, 1), tubelet=1, image_size=224)
+    images = draw_images(2, 3, 224)
+    difference = (tower(images) - frame_vectors(model, spec, images)).abs().max()
+    assert difference <= 1e-5

@@ -1,0 +1,114 @@
+"""The factorised encoder as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bigvivit.model.adapter import Adapter
+from bigvivit.model.temporal import TemporalTransformer
+from bigvivit.model.towers import build_tower
+from bigvivit.model.vivit import ViViT, build_vivit
+from bigvivit.model.weights import random_weights
+from tests.model.reference import DEMO
+
+
+def build(*, adapter: bool, seed: int = 0) -> ViViT:
+    tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
+    model = build_vivit(
+        tower, frames=8, tubelet=2, classes=5, temporal_depth=2, droplayer=0.0, adapter=adapter, seed=seed
+    )
+    fill = random_weights(DEMO, seed)
+    for name, piece in tower.pieces():
+        piece.to_empty(device="cpu")
+        fill(name, piece)
+    return model
+
+
+CLIPS = torch.randint(256, (2, 8, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_logits_start_at_zero() -> None:
+    assert not build(adapter=True)(CLIPS).any()
+
+
+def test_the_tower_sees_each_tubelet_by_itself() -> None:
+    model = build(adapter=False)
+    nn.init.normal_(model.head.weight)
+    vectors = torch.stack([model.tower(CLIPS[:, i : i + 2].flatten(1, 2)) for i in range(0, 8, 2)], dim=1)
+    expected = model.head(model.temporal(vectors))
+    torch.testing.assert_close(model(CLIPS), expected)
+
+
+def test_order_in_time_matters() -> None:
+    model = build(adapter=False)
+    nn.init.normal_(model.head.weight)
+    assert (model(CLIPS) - model(CLIPS.flip(1))).abs().max() > 1e-3
+
+
+def test_the_adapter_starts_as_the_identity_and_learns() -> None:
+    adapter = build(adapter=True).adapter
+    assert isinstance(adapter, Adapter)
+    vectors = torch.randn(2, 4, 128)
+    assert torch.equal(adapter(vectors), vectors)
+    adapter(vectors).square().sum().backward()
+    assert adapter.fc2.weight.grad is not None
+    assert adapter.fc2.weight.grad.any()
+
+
+def test_the_temporal_transformer_against_torchs_own() -> None:
+    """The same weights in torch.nn.TransformerEncoderLayer, written independently of Hugging Face."""
+    torch.manual_seed(0)
+    ours = TemporalTransformer(tubelets=6, width=16, heads=4, mlp=32, depth=2, droplayer=0.0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs = []
+    for layer in ours.layers:
+        block = nn.TransformerEncoderLayer(
+            16, 4, 32, 0.0, "gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+        )
+        attention, mlp = layer.attention, layer.mlp
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        state = {
+            "self_attn.in_proj_weight": torch.cat([part.weight for part in qkv]),
+            "self_attn.in_proj_bias": torch.cat([part.bias for part in qkv]),
+            "self_attn.out_proj": attention.o_proj,
+            "linear1": mlp.fc1,
+            "linear2": mlp.fc2,
+            "norm1": layer.layernorm_before,
+            "norm2": layer.layernorm_after,
+        }
+        flat = {}
+        for name, value in state.items():
+            if isinstance(value, nn.Module):
+                flat |= {f"{name}.{key}": parameter for key, parameter in value.named_parameters()}
+            else:
+                flat[name] = value
+        block.load_state_dict(flat)
+        theirs.append(block)
+    vectors = torch.randn(3, 6, 16)
+    hidden = torch.cat([ours.cls_token.expand(3, -1, -1), vectors], dim=1) + ours.position_embeddings
+    for block in theirs:
+        hidden = block(hidden)
+    torch.testing.assert_close(ours(vectors), ours.layernorm(hidden)[:, 0])
+
+
+def test_small_parts_depend_on_the_seed_only() -> None:
+    torch.manual_seed(1)
+    first = build(adapter=True, seed=4)
+    torch.manual_seed(2)
+    second, other = build(adapter=True, seed=4), build(adapter=True, seed=5)
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.temporal.position_embeddings, other.temporal.position_embeddings)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_every_parameter_is_reached_by_the_loss(adapter: bool) -> None:
+    model = build(adapter=adapter)
+    nn.init.normal_(model.head.weight)
+    if model.adapter is not None:
+        nn.init.normal_(model.adapter.fc2.weight)
+    model(CLIPS).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
