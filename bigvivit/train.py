@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import tyro
 from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
+from bigvivit.memory.ranks import rank_and_world, start_process_group
 from bigvivit.training.checkpoint import HEADER, TOWER, Header, read_header, write_checkpoint
 from bigvivit.training.report import describe_run
 
@@ -37,11 +37,6 @@ def main(argv: list[str] | None = None) -> None:
         if rank_and_world()[0] == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as every launcher says them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def train(config: TrainConfig) -> None:
@@ -194,31 +189,6 @@ def run_stage(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def start_process_group(device: torch.device, world: int, *, deepspeed: bool) -> None:
-    """torch.distributed for several ranks, and for DeepSpeed, which wants it for one too."""
-    import torch.distributed as dist
-
-    if world == 1 and not deepspeed:
-        return
-    if world == 1:  # started without a launcher
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if deepspeed:
-        os.environ["DS_ACCELERATOR"] = device.type  # else DeepSpeed guesses, and may guess another than --device says
-        from bigvivit.memory.zero import init_deepspeed
-
-        init_deepspeed(device)
 
 
 def keep(

@@ -91,9 +91,14 @@ class ZeroEngine:
         self.engine.backward(loss)  # divides by the number of micro-batches
 
     def step(self) -> float | None:
-        updates = self.engine.is_gradient_accumulation_boundary()
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return None
+        norm = None
+        if self.stage == 0:  # where DeepSpeed clips without keeping the norm; gradients are reduced by now
+            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()) if updates else None
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         named = dict(module.named_parameters())

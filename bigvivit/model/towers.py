@@ -145,7 +145,7 @@ def resolve_tower(name: str) -> TowerSpec:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"tower {name!r} is neither one of {', '.join(SIZES)}, nor a local folder, nor a model that the "
-            f"Hugging Face hub gave a configuration for ({reason}): check the name, or give the folder of a downloaded one"
+            f"Hugging Face hub gave a configuration for ({reason}): check the name, or give a folder"
         ) from None
     config = getattr(config, "vision_config", config)  # of CLIP, the image half
     if config.model_type not in FAMILIES:
