@@ -19,7 +19,6 @@ from bigvivit.training.checkpoint import HEADER, TOWER, Header, read_header, wri
 from bigvivit.training.report import describe_run
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from bigvivit.assemble import TowerSource

@@ -59,22 +59,19 @@ def init_weights(module: nn.Module, seed: int, name: str, layer_scale: float = 1
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight, generator=generator)
+        for key, parameter in part.named_parameters(recurse=False):
+            # Drawn in fp32 whatever it is stored in: generators give other numbers for other types.
+            value = torch.empty(parameter.shape, dtype=torch.float32)
+            if isinstance(part, nn.Linear) and key == "weight":
+                nn.init.xavier_uniform_(value, generator=generator)
+            elif isinstance(part, nn.Conv2d) and key == "weight":
+                nn.init.trunc_normal_(value, std=math.sqrt(1 / value[0].numel()), generator=generator)
+            elif isinstance(part, nn.LayerNorm) and key == "weight":
+                nn.init.ones_(value)
+            elif key == "bias":
+                nn.init.zeros_(value)
+            elif key == "lambda1":
+                nn.init.constant_(value, layer_scale)
             else:
-                fan_in = part.weight[0].numel()
-                nn.init.trunc_normal_(part.weight, std=math.sqrt(1 / fan_in), generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=TABLE_STD, generator=generator)
-        else:
-            for key, table in part.named_parameters(recurse=False):
-                if key == "lambda1":
-                    nn.init.constant_(table, layer_scale)
-                else:
-                    nn.init.normal_(table, std=TABLE_STD, generator=generator)
+                nn.init.normal_(value, std=TABLE_STD, generator=generator)
+            parameter.copy_(value)

@@ -123,8 +123,14 @@ def test_random_weights_depend_on_seed_and_piece_only() -> None:
             fill(name, piece)
         return dict(tower.named_parameters())
 
+    tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
+    tower.embed.bfloat16().to_empty(device="cpu")
+    random_weights(DEMO, 0)("embed", tower.embed)
+    rounded = tower.embed.embeddings.position_embeddings
+
     first, second, other = draw(0, backwards=False), draw(0, backwards=True), draw(1, backwards=False)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(first["embed.embeddings.position_embeddings"].bfloat16(), rounded)
     assert not torch.equal(first["layers.0.mlp.fc1.weight"], other["layers.0.mlp.fc1.weight"])
     assert not torch.equal(first["layers.0.mlp.fc1.weight"], first["layers.1.mlp.fc1.weight"])
     assert all(torch.isfinite(parameter).all() for parameter in first.values())

@@ -1,0 +1,92 @@
+"""A DeepSpeed file and the command line: said once, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigvivit.config import ConfigError, OptimConfig
+from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
+
+OPTIM = OptimConfig(batch_size=64, accumulate=4, clip_norm=0.5)
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def write(folder: Path, value: Any) -> Path:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_filled(path: Path) -> None:
+    ds = read_ds_json(path, OPTIM, world=2)
+    assert ds["train_batch_size"] == 64
+    assert ds["train_micro_batch_size_per_gpu"] == 8
+    assert ds["gradient_accumulation_steps"] == 4
+    assert ds["gradient_clipping"] == 0.5
+    assert "auto" not in json.dumps(ds)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_deepspeed_takes_shipped_files_as_they_are_meant(path: Path) -> None:
+    """No key that DeepSpeed does not know, and every value as written: it drops what it cannot read in silence."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    ds = read_ds_json(path, OPTIM, world=1)
+    block = ds["zero_optimization"]
+    understood = DeepSpeedZeroConfig(**block).model_dump(by_alias=True)
+    fields = DeepSpeedZeroConfig.model_fields
+    for key, value in block.items():
+        name = next(name for name, entry in fields.items() if key in (name, entry.alias))
+        assert understood[fields[name].alias or name] == value, key
+    config = DeepSpeedConfig(ds)
+    assert config.zero_config.stage == block["stage"]
+    assert (config.train_batch_size, config.gradient_accumulation_steps) == (64, 4)
+
+
+def test_every_contradiction_is_listed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {
+            "train_batch_size": 32,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "Adam"},
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        },
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_ds_json(path, OPTIM, world=2)
+    message = str(caught.value)
+    assert "train_batch_size is 32, but --optim.batch-size says 64" in message
+    assert "gradient_clipping is 1.0, but --optim.clip-norm says 0.5" in message
+    assert "optimizer is a block here" in message
+    assert "bf16 is a block here" in message
+    assert 'zero_optimization.reduce_bucket_size is "auto"' in message
+    assert len(message.splitlines()) == 6
+
+
+def test_what_agrees_may_be_said_twice(tmp_path: Path) -> None:
+    path = write(tmp_path, {"train_batch_size": 64, "zero_optimization": {"stage": 1}})
+    assert read_ds_json(path, OPTIM, world=2)["train_batch_size"] == 64
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "holds a list"), (None, "cannot be read")])
+def test_unreadable_files(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_ds_json(path, OPTIM, world=2)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"optim\.batch_size=64 does not divide over 3 ranks \* optim\.accumulate=4; try 72"
+    ):
+        micro_batch_size(OPTIM, 3)

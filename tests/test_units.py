@@ -1,0 +1,29 @@
+"""Bytes and counts for people."""
+
+from __future__ import annotations
+
+import pytest
+
+from bigvivit.units import GiB, format_bytes, format_count, torch_dtype
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (int(1.88 * GiB), "1.88 GiB"), (-2048, "-2 KiB")]
+)
+def test_bytes(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999"), (1_012_030_336, "1.01 B"), (85_800_000, "85.8 M"), (1200, "1.2 k")]
+)
+def test_counts(count: int, text: str) -> None:
+    assert format_count(count) == text
+
+
+def test_dtypes() -> None:
+    assert [str(torch_dtype(name)) for name in ("fp32", "bf16", "fp16")] == [
+        "torch.float32",
+        "torch.bfloat16",
+        "torch.float16",
+    ]
