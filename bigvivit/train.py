@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import tyro
 
@@ -85,6 +85,7 @@ def run_stage(
     from bigvivit.memory.engine import PlainEngine
     from bigvivit.memory.freeze import count_parameters, describe_frozen
     from bigvivit.memory.measure import measure_peak_over_ranks
+    from bigvivit.model.towers import Tower
     from bigvivit.training import loop
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
@@ -106,7 +107,7 @@ def run_stage(
     model = assemble.build_model(
         source, config.model, config.clip, classes=len(manifest.classes), adapter=config.stage == 2, seed=config.seed
     )
-    pieces = model.tower.pieces()
+    pieces = cast(Tower, model.tower).pieces()  # under a checkpoint's names, before anything wraps them
     if before is not None and config.init_from is not None:
         for skipped in assemble.load_trained(model, config.init_from, before):
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)

@@ -1,0 +1,167 @@
+"""The clips of the embedded default: four motions and their reversals, in real H.264 files.
+
+Each video comes with its partner, the same frames in reversed order: a classifier that does not look at the order of
+frames cannot tell the two apart, and so cannot pass 0.5. The codec must not tell either, so every frame is coded by
+itself at a constant quantiser.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import tyro
+from rich.progress import track
+
+from bigvivit.config import ConfigError
+
+MOTIONS = (("right", "left"), ("down", "up"), ("approach", "recede"), ("clockwise", "anticlockwise"))
+"""A motion as it is drawn, and what the same frames show in reversed order."""
+SIDE = 64
+"""Height and width of a video, in pixels."""
+SHAPES = ("disc", "square", "diamond", "ring")
+FRAME_RATES = (15, 24, 25, 30)
+CODEC = {"qp": "24", "g": "1", "preset": "veryfast", "threads": "1"}
+MARKER = "demo.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Write the demo's clips, with a manifest for training and one for evaluation. A second call reuses them."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where to; made if it is not there."""
+    train_clips: int = 1200
+    """Clips to train on, a multiple of the eight classes."""
+    val_clips: int = 240
+    """Held-out clips, a multiple of the eight classes."""
+    seed: int = 0
+    """Draws every clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_clips", "val_clips"):
+            value = getattr(self, name)
+            if value < 8 or value % 8:
+                raise ConfigError(f"{name}={value} is not a multiple of the 8 classes: try {max(8, value // 8 * 8)}")
+
+
+def main(argv: list[str]) -> None:
+    """`bigvivit demo FOLDER`."""
+    write_demo(tyro.cli(DemoConfig, args=argv, prog="bigvivit demo"))
+
+
+def write_demo(config: DemoConfig) -> None:
+    """`train.csv`, `val.csv` and the videos they name, unless the folder holds them already.
+
+    Raises ConfigError for a folder with anything else in it, which is left as it is.
+    """
+    folder, marker = config.folder, config.folder / MARKER
+    settings = {**asdict(config), "folder": None}
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_text())
+        except json.JSONDecodeError:
+            found = None
+        if found == {"complete": True, "settings": settings}:
+            print(f"{folder} is there already")
+            return
+        shutil.rmtree(folder / "clips", ignore_errors=True)  # of other settings, or of a run that was stopped
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something that is not the demo: give a new folder, or empty that one")
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"complete": False, "settings": settings}))
+    for split, (name, clips) in enumerate((("train", config.train_clips), ("val", config.val_clips))):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            manifest = csv.writer(file)
+            manifest.writerow(["path", "label"])
+            for pair in track(range(clips // 2), description=f"drawing {name} clips"):
+                motion = MOTIONS[pair % len(MOTIONS)]
+                generator = np.random.default_rng([config.seed, split, pair])
+                frames, rate = draw_video(motion[0], generator)
+                for label, ordered in zip(motion, (frames, frames[::-1]), strict=True):
+                    path = Path("clips") / f"{name}_{pair:04d}_{label}.mp4"
+                    encode(folder / path, ordered, rate)
+                    manifest.writerow([path, label])
+    marker.write_text(json.dumps({"complete": True, "settings": settings}))
+
+
+def draw_video(motion: str, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Frames uint8 [n, SIDE, SIDE, 3] of one motion, and their rate per second."""
+    count = int(generator.integers(36, 49))
+    place, radius = draw_path(motion, count, generator)
+    colour = np.array(colorsys.hsv_to_rgb(generator.uniform(), 1.0, generator.uniform(0.8, 1.0)), np.float32) * 255
+    cover = cover_of(str(generator.choice(SHAPES)), place, radius)[..., None]
+    frames = draw_background(generator) * (1 - cover) + colour * cover
+    return frames.round().astype(np.uint8), int(generator.choice(FRAME_RATES))
+
+
+def draw_path(motion: str, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Where the object is, (x, y) [count, 2], and how large, [count], both in pixels; speeds up or slows down."""
+    time = np.linspace(0, 1, count) ** generator.uniform(0.75, 1.33)
+    size = generator.uniform(7, 11)
+    radius = np.full(count, size)
+    if motion in ("right", "down"):
+        start, end = generator.uniform(8, 18), SIDE - generator.uniform(8, 18)
+        along = start + (end - start) * time
+        across = np.full(count, generator.uniform(14, SIDE - 14))
+        place = np.stack([along, across] if motion == "right" else [across, along], axis=1)
+    elif motion == "approach":
+        near, far = generator.uniform(11, 15), generator.uniform(3, 5)
+        radius = far + (near - far) * time
+        place = np.tile(generator.uniform(20, SIDE - 20, 2), (count, 1))
+    else:
+        # An arc over the top, as a wiper's: y points down, so a growing angle turns clockwise.
+        sweep, middle = np.deg2rad(generator.uniform(180, 280)), np.deg2rad(-90 + generator.uniform(-30, 30))
+        angle = middle + sweep * (time - 0.5)
+        centre = SIDE / 2 + generator.uniform(-5, 5, 2)
+        place = centre + generator.uniform(13, 18) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return place, radius
+
+
+def cover_of(shape: str, place: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Share of each pixel that the object covers, [n, SIDE, SIDE]: its signed distance, cut to one pixel's width."""
+    at = np.arange(SIDE, dtype=np.float32)
+    x = at[None, None, :] - place[:, 0, None, None].astype(np.float32)
+    y = at[None, :, None] - place[:, 1, None, None].astype(np.float32)
+    size = radius[:, None, None].astype(np.float32)
+    if shape == "disc":
+        distance = np.hypot(x, y) - size
+    elif shape == "square":
+        distance = np.maximum(abs(x), abs(y)) - 0.9 * size
+    elif shape == "diamond":
+        distance = (abs(x) + abs(y) - 1.25 * size) / np.sqrt(2, dtype=np.float32)
+    else:
+        distance = abs(np.hypot(x, y) - 0.8 * size) - 0.35 * size
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def draw_background(generator: np.random.Generator) -> np.ndarray:
+    """A grey texture of patches of several sizes, [SIDE, SIDE, 1]."""
+    texture = np.full((SIDE, SIDE), generator.uniform(80, 170), np.float32)
+    for cell in (32, 16, 8, 4):
+        grid = generator.normal(scale=generator.uniform(2, 10), size=(SIDE // cell, SIDE // cell))
+        texture += np.kron(grid, np.ones((cell, cell))).astype(np.float32)
+    return np.clip(texture, 0, 255)[..., None]
+
+
+def encode(path: Path, frames: np.ndarray, rate: int) -> None:
+    """Write frames uint8 [n, h, w, 3] as H.264, each coded by itself."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options=CODEC)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for packet in packets(stream, frames):
+            container.mux(packet)
+
+
+def packets(stream: av.VideoStream, frames: np.ndarray) -> Iterator[av.Packet]:
+    """Every packet of a stream, with what the encoder still holds at the end."""
+    for frame in frames:
+        yield from stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+    yield from stream.encode(None)

@@ -1,0 +1,165 @@
+"""Manifests to batches: the same clips, cut the same way, whatever the number of workers and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from bigvivit.config import ClipConfig
+from bigvivit.data.augment import augment, crop_views
+from bigvivit.data.decode import VideoReader, open_video
+from bigvivit.data.manifest import Clip, Manifest
+from bigvivit.data.sampling import random_clip, uniform_clips
+
+
+@dataclass
+class Batch:
+    """Clips still as bytes; they become numbers on the device."""
+
+    clips: Tensor
+    """uint8 [b, T, 3, h, w]; in evaluation [b, views * crops, T, 3, h, w]."""
+    labels: Tensor
+    """int64 [b]."""
+    indices: Tensor
+    """int64 [b], positions in the manifest."""
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from where a GPU copies while it computes."""
+        return Batch(*(tensor.pin_memory() for tensor in (self.clips, self.labels, self.indices)))
+
+
+def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    """(clip, label, index) of each sample into a batch."""
+    clips, labels, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(indices))
+
+
+def window(video: VideoReader, clip: Clip) -> range:
+    """The frame numbers between a clip's start and end, at least one."""
+    first = 0 if clip.start is None else min(round(clip.start * video.fps), len(video) - 1)
+    last = len(video) if clip.end is None else min(round(clip.end * video.fps), len(video))
+    return range(first, max(last, first + 1))
+
+
+def sample_generator(*key: int) -> torch.Generator:
+    """Random numbers of one sample: from its key, not from the worker or from what came before."""
+    seed = 0
+    for number in key:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+class TrainClips(Dataset[tuple[Tensor, int, int]]):
+    """A random clip of each video, asked for as (epoch, index)."""
+
+    def __init__(self, clip: ClipConfig, clips: Sequence[Clip], seed: int) -> None:
+        self.clip, self.clips, self.seed = clip, clips, seed
+
+    def __getitem__(self, item: Any) -> tuple[Tensor, int, int]:
+        epoch, index = item
+        source = self.clips[index]
+        generator = sample_generator(self.seed, epoch, index)
+        video = open_video(source.path)  # here, in the worker: decord's readers do not cross processes
+        frames = window(video, source)
+        chosen = random_clip(len(frames), self.clip.frames, self.clip.stride, generator)
+        return augment(video.read([frames[i] for i in chosen]), self.clip, generator), source.label, index
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+
+class EvalClips(Dataset[tuple[Tensor, int, int]]):
+    """All views of each video."""
+
+    def __init__(
+        self, clip: ClipConfig, clips: Sequence[Clip], *, views: int, crops: int, shuffle_frames: bool, seed: int
+    ) -> None:
+        self.clip, self.clips = clip, clips
+        self.views, self.crops, self.shuffle_frames, self.seed = views, crops, shuffle_frames, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        source = self.clips[index]
+        video = open_video(source.path)
+        frames = window(video, source)
+        views = []
+        for number, chosen in enumerate(uniform_clips(len(frames), self.clip.frames, self.clip.stride, self.views)):
+            view = crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
+            if self.shuffle_frames:
+                view = view[:, torch.randperm(len(chosen), generator=sample_generator(self.seed, index, number))]
+            views.append(view)
+        return torch.cat(views), source.label, index
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """PyTorch's DistributedSampler, whose indices carry their epoch into the worker.
+
+    Rank r of n takes every n-th of one shuffled order, so step k of any number of ranks sees the same clips.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class ShareOfRank(Sampler[int]):
+    """Every index once over all ranks: no padding, so no clip counts twice."""
+
+    def __init__(self, length: int, rank: int, world: int) -> None:
+        self.indices = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def build_train_loader(
+    clip: ClipConfig, manifest: Manifest, *, batch_size: int, workers: int, rank: int, world: int, seed: int
+) -> DataLoader[Any]:
+    """This rank's micro-batches of `batch_size` random clips; `loader.sampler.set_epoch` before each epoch."""
+    dataset = TrainClips(clip, manifest.clips, seed)
+    sampler = EpochSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
+    return build_loader(dataset, sampler, batch_size, workers, drop_last=True)
+
+
+def build_eval_loader(
+    clip: ClipConfig,
+    manifest: Manifest,
+    *,
+    views: int,
+    crops: int,
+    batch_size: int,
+    workers: int,
+    shuffle_frames: bool,
+    seed: int,
+    rank: int,
+    world: int,
+) -> DataLoader[Any]:
+    """This rank's share of the videos, each once, all views and crops of a video together."""
+    dataset = EvalClips(clip, manifest.clips, views=views, crops=crops, shuffle_frames=shuffle_frames, seed=seed)
+    return build_loader(dataset, ShareOfRank(len(dataset), rank, world), batch_size, workers, drop_last=False)
+
+
+def build_loader(
+    dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, *, drop_last: bool
+) -> DataLoader[Any]:
+    """Workers are spawned, since decord and CUDA do not survive a fork, and kept over epochs."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=workers > 0,
+    )
