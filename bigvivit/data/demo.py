@@ -96,7 +96,8 @@ def draw_video(motion: str, generator: np.random.Generator) -> tuple[np.ndarray,
     """Frames uint8 [n, SIDE, SIDE, 3] of one motion, and their rate per second."""
     count = int(generator.integers(36, 49))
     place, radius = draw_path(motion, count, generator)
-    colour = np.array(colorsys.hsv_to_rgb(generator.uniform(), 1.0, generator.uniform(0.8, 1.0)), np.float32) * 255
+    hue = generator.uniform(-0.12, 0.15) % 1  # magenta over red to yellow: one linear feature finds them all
+    colour = np.array(colorsys.hsv_to_rgb(hue, 1.0, generator.uniform(0.8, 1.0)), np.float32) * 255
     cover = cover_of(str(generator.choice(SHAPES)), place, radius)[..., None]
     frames = draw_background(generator) * (1 - cover) + colour * cover
     return frames.round().astype(np.uint8), int(generator.choice(FRAME_RATES))

@@ -89,7 +89,7 @@ SIZES = {
     "vit-l": vit_size(24, 1024, 16, 4096, 16),
     "vit-h": vit_size(32, 1280, 16, 5120, 14),
     "vit-g": vit_size(40, 1408, 16, 6144, 14),
-    "vit-demo": vit_size(4, 128, 4, 512, 8, image=48),
+    "vit-demo": vit_size(4, 128, 4, 512, 12, image=48),
 }
 """Towers without published weights: the paper's sizes (§4, Table 5) and the demo's."""
 

@@ -72,7 +72,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def build_table(runs: list[Path]) -> Table:
     """One row per finished and evaluated run."""
     table = Table(title="bigvivit")
-    for heading in ("run", "stage", "frames", "trainable", "frozen", "s/step", "peak memory", "top-1", "top-5"):
+    for heading in (
+        "run",
+        "stage",
+        "frames",
+        "trainable",
+        "frozen",
+        "s/step",
+        "peak memory",
+        "top-1",
+        "top-5",
+        "top-1 shuffled",
+    ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     counters = set()
     for run in runs:
@@ -88,6 +99,9 @@ def build_table(runs: list[Path]) -> Table:
             format_bytes(summary["peak_bytes"]),
             f"{accuracy['top1']:.1%}",
             f"{accuracy['top5']:.1%}",
+            f"{read_json(shuffled)['top1']:.1%}" if (shuffled := run / "eval_shuffled.json").is_file() else "",
         )
-    table.caption = f"peak memory: largest rank, {' / '.join(sorted(counters))}"
+    table.caption = (
+        f"peak memory: largest rank, {' / '.join(sorted(counters))}; shuffled: the frames of each clip in random order"
+    )
     return table

@@ -86,7 +86,7 @@ def test_normalisation_is_the_models_own(tmp_path: Path) -> None:
 
 
 def test_a_size_that_patches_do_not_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"clip.size=50 .* 8 pixels; try 48 or 56"):
+    with pytest.raises(ValueError, match=r"clip.size=50 .* 12 pixels; try 48 or 60"):
         build_tower(DEMO, tubelet=2, image_size=50, droplayer=0.0)
 
 
