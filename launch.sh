@@ -36,7 +36,7 @@ DEMO=(--data.train data/demo/train.csv --data.workers 1 --optim.batch-size 16 --
 train() { # folder of the run, then arguments of bigvivit/train.py
   local out=$1; shift
   [ -f "$out/checkpoint.json" ] && { echo "$out is there already"; return; }
-  deepspeed --num_gpus "$RANKS" bigvivit/train.py --ds ds_configs/zero3.json --out "$out" "$@"
+  deepspeed --log_level warning --num_gpus "$RANKS" bigvivit/train.py --ds ds_configs/zero3.json --out "$out" "$@"
 }
 
 evaluate() { # folder of the run
@@ -55,7 +55,7 @@ main() {
       setup dev; shift
       export PATH="$PWD/.venv/bin:$PATH"
       choose_ranks
-      exec deepspeed --num_gpus "$RANKS" bigvivit/train.py "$@" ;;
+      exec deepspeed --log_level warning --num_gpus "$RANKS" bigvivit/train.py "$@" ;;
     demo) ;;
     *) fail "./launch.sh knows 'test' and 'train ...', or nothing at all; not '$1'" ;;
   esac
@@ -66,7 +66,7 @@ main() {
   bigvivit demo data/demo
   train runs/demo/stage1 --stage 1 "${DEMO[@]}" --clip.frames 8 --clip.stride 4 \
     --model.tower vit-demo --model.tower-init random --model.temporal-depth 2 \
-    --optim.lr 0.04 --optim.epochs 10 --optim.warmup-epochs 1
+    --optim.lr 0.04 --optim.epochs 8 --optim.warmup-epochs 1
   train runs/demo/stage2 --stage 2 "${DEMO[@]}" --clip.frames 32 --clip.stride 1 \
     --init-from runs/demo/stage1 --optim.lr 0.05 --optim.epochs 5 --optim.warmup-epochs 0.5
   evaluate runs/demo/stage1

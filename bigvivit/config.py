@@ -14,8 +14,11 @@ from tyro.conf import Positional
 from bigvivit.memory.plan import MemoryPlan
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be: the message names it, its value, the rule and a fix."""
+class ConfigError(Exception):
+    """A setting that cannot be: the message names it, its value, the rule and a fix.
+
+    Not a ValueError, which tyro would frame and cut to the width of the terminal.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

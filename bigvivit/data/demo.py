@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
+from bigvivit import __version__
 from bigvivit.config import ConfigError
 
 MOTIONS = (("right", "left"), ("down", "up"), ("approach", "recede"), ("clockwise", "anticlockwise"))
@@ -63,7 +64,7 @@ def write_demo(config: DemoConfig) -> None:
     Raises ConfigError for a folder with anything else in it, which is left as it is.
     """
     folder, marker = config.folder, config.folder / MARKER
-    settings = {**asdict(config), "folder": None}
+    settings = {**asdict(config), "folder": None, "version": __version__}
     if marker.is_file():
         try:
             found = json.loads(marker.read_text())

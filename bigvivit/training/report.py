@@ -70,38 +70,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def build_table(runs: list[Path]) -> Table:
-    """One row per finished and evaluated run."""
-    table = Table(title="bigvivit")
-    for heading in (
-        "run",
-        "stage",
-        "frames",
-        "trainable",
-        "frozen",
-        "s/step",
-        "peak memory",
-        "top-1",
-        "top-5",
-        "top-1 shuffled",
+    """One column per finished and evaluated run."""
+    table = Table("", *(str(run) for run in runs), title="bigvivit")
+    summaries = [read_json(run / "summary.json") for run in runs]
+    accuracies = [read_json(run / "eval.json") for run in runs]
+    shuffled = [read_json(path) if (path := run / "eval_shuffled.json").is_file() else None for run in runs]
+    for heading, cells in (
+        ("stage", [str(entry["stage"]) for entry in summaries]),
+        ("frames per clip", [str(entry["frames"]) for entry in summaries]),
+        ("trainable parameters", [format_count(entry["trainable_parameters"]) for entry in summaries]),
+        ("frozen parameters", [format_count(entry["frozen_parameters"]) for entry in summaries]),
+        ("seconds per step", [f"{entry['seconds_per_step']:.3f}" for entry in summaries]),
+        ("peak memory of a rank", [format_bytes(entry["peak_bytes"]) for entry in summaries]),
+        ("measured by", [entry["peak_measured_by"] for entry in summaries]),
+        ("top-1", [f"{entry['top1']:.1%}" for entry in accuracies]),
+        ("top-5", [f"{entry['top5']:.1%}" for entry in accuracies]),
+        ("top-1, frames shuffled", ["-" if entry is None else f"{entry['top1']:.1%}" for entry in shuffled]),
     ):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    counters = set()
-    for run in runs:
-        summary, accuracy = read_json(run / "summary.json"), read_json(run / "eval.json")
-        counters.add(summary["peak_measured_by"])
-        table.add_row(
-            str(run),
-            str(summary["stage"]),
-            str(summary["frames"]),
-            format_count(summary["trainable_parameters"]),
-            format_count(summary["frozen_parameters"]),
-            f"{summary['seconds_per_step']:.3f}",
-            format_bytes(summary["peak_bytes"]),
-            f"{accuracy['top1']:.1%}",
-            f"{accuracy['top5']:.1%}",
-            f"{read_json(shuffled)['top1']:.1%}" if (shuffled := run / "eval_shuffled.json").is_file() else "",
-        )
-    table.caption = (
-        f"peak memory: largest rank, {' / '.join(sorted(counters))}; shuffled: the frames of each clip in random order"
-    )
+        table.add_row(heading, *cells)
     return table

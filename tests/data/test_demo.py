@@ -1,0 +1,202 @@
+"""The demo's clips: only the order of frames tells a motion from its reversal."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bigvivit.config import ConfigError
+from bigvivit.data import demo
+from bigvivit.data.demo import MARKER, MOTIONS, DemoConfig, main, write_demo
+from bigvivit.data.manifest import read_manifest
+
+CLASSES = sorted(sum(MOTIONS, ()))
+PARTNER = {a: b for pair in MOTIONS for a, b in (pair, pair[::-1])}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
+    config = DemoConfig(folder=tmp_path_factory.mktemp("demo"), train_clips=480, val_clips=160, seed=3)
+    write_demo(config)
+    return config
+
+
+def decode(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def saturation(frames: np.ndarray) -> np.ndarray:
+    """[..., h, w, 3] → [..., h, w] of 0 to 1: how far from grey."""
+    return (frames.max(-1).astype(np.float32) - frames.min(-1)) / 255
+
+
+def find_object(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centre (x, y) [n, 2] and area [n] of what is saturated, in pixels."""
+    mass = saturation(frames) > 0.5
+    y, x = np.mgrid[: frames.shape[1], : frames.shape[2]]
+    area = mass.sum((1, 2))
+    return np.stack([(mass * x).sum((1, 2)) / area, (mass * y).sum((1, 2)) / area], axis=1), area
+
+
+def test_a_clip_played_backwards_is_its_partner(config: DemoConfig) -> None:
+    """Frame for frame and bit for bit after the codec."""
+    for number in range(8):
+        motion = MOTIONS[number % 4]
+        first, second = (decode(config.folder / f"clips/val_{number:04d}_{label}.mp4") for label in motion)
+        assert np.array_equal(first[::-1], second)
+
+
+def test_each_class_shows_its_motion(config: DemoConfig) -> None:
+    manifest = read_manifest(config.folder / "val.csv")
+    for clip in manifest.clips:
+        frames = decode(clip.path)
+        centre, area = find_object(frames)
+        (dx, dy), (first, last) = centre[-1] - centre[0], area[[0, -1]]
+        around = centre - centre.mean(0)
+        turned = np.cross(around[:-1], around[1:]).sum()  # y points down: positive is clockwise
+        shows = {
+            "right": dx > 15,
+            "left": dx < -15,
+            "down": dy > 15,
+            "up": dy < -15,
+            "approach": last > 3 * first,
+            "recede": first > 3 * last,
+            "clockwise": turned > 0,
+            "anticlockwise": turned < 0,
+        }
+        assert shows[manifest.classes[clip.label]], clip.path.name
+
+
+def test_splits_are_balanced_and_keep_partners_together(config: DemoConfig) -> None:
+    pairs = {}
+    for name, count in (("train", 480), ("val", 160)):
+        manifest = read_manifest(config.folder / f"{name}.csv")
+        assert manifest.classes == tuple(CLASSES)
+        assert np.bincount([clip.label for clip in manifest.clips]).tolist() == [count // 8] * 8
+        digests = [
+            hashlib.sha256(np.sort(decode(clip.path), axis=0).tobytes()).digest() for clip in manifest.clips[:80]
+        ]
+        assert all(digests.count(digest) == 2 for digest in digests)
+        pairs[name] = set(digests)
+    assert not pairs["train"] & pairs["val"]
+
+
+def test_clips_are_real_h264_of_many_lengths_and_rates(config: DemoConfig) -> None:
+    lengths, rates = set(), set()
+    for clip in read_manifest(config.folder / "val.csv").clips:
+        with av.open(clip.path) as container:
+            (stream,) = container.streams.video
+            assert stream.codec_context.name == "h264"
+            lengths.add(stream.frames)
+            rates.add(float(stream.average_rate))
+    assert rates == set(map(float, demo.FRAME_RATES))
+    assert len(lengths) > 8
+    assert min(lengths) >= 32
+
+
+def fit_and_score(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Accuracy on the classes and on the four pairs of partners, of a small network on flat features."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(train[0].shape[1], 128), nn.GELU(), nn.Dropout(0.3), nn.Linear(128, 8))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    for _ in range(60):
+        for index in torch.randperm(len(train[0])).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(train[0][index]), train[1][index]).backward()
+            optimizer.step()
+    guess = network.eval()(val[0]).argmax(-1)
+    names = [CLASSES[int(i)] for i in guess]
+    axes = [CLASSES[int(truth)] in (name, PARTNER[name]) for name, truth in zip(names, val[1], strict=True)]
+    return (guess == val[1]).float().mean().item(), float(np.mean(axes))
+
+
+def maps_of(config: DemoConfig, name: str) -> tuple[list[np.ndarray], Tensor]:
+    """Saturation maps [n, 16, 16] of each clip's frames, and the labels."""
+    manifest = read_manifest(config.folder / f"{name}.csv")
+    maps = [saturation(decode(clip.path)).reshape(-1, 16, 4, 16, 4).mean((2, 4)) for clip in manifest.clips]
+    return maps, torch.tensor([clip.label for clip in manifest.clips])
+
+
+def test_whoever_is_blind_to_order_stays_at_half(config: DemoConfig) -> None:
+    splits = {name: maps_of(config, name) for name in ("train", "val")}
+    generator = np.random.default_rng(0)
+
+    def features(kind: str, name: str) -> tuple[Tensor, Tensor]:
+        maps, labels = splits[name]
+        if kind == "one frame":
+            rows = [clip[generator.integers(len(clip))] for clip in maps]
+        elif kind == "mean over time":
+            rows = [clip.mean(0) for clip in maps]
+        else:  # the order: six frames, one after the other
+            rows = [clip[np.linspace(0, len(clip) - 1, 6).round().astype(int)] for clip in maps]
+        return torch.from_numpy(np.stack(rows)).flatten(1) * 4, labels
+
+    scores = {
+        kind: fit_and_score(features(kind, "train"), features(kind, "val"))
+        for kind in ("one frame", "mean over time", "in order")
+    }
+    assert scores["one frame"][0] <= 0.55
+    assert scores["mean over time"][0] <= 0.55
+    # The controls are not blind to everything, and the same network sees the order when it is shown.
+    assert scores["mean over time"][1] > 0.6
+    assert scores["in order"][0] > 0.7
+
+
+def test_a_second_call_reuses_and_other_settings_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DemoConfig(folder=tmp_path / "demo", train_clips=8, val_clips=8, seed=1)
+    write_demo(config)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in config.folder.rglob("*.mp4")}
+    assert len(before) == 16
+    write_demo(config)
+    assert "is there already" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == written for path, (written, _) in before.items())
+
+    write_demo(replace(config, seed=2))
+    after = {path: path.read_bytes() for path in config.folder.rglob("*.mp4")}
+    assert after.keys() == before.keys()
+    assert all(after[path] != content for path, (_, content) in before.items())
+
+    main([str(config.folder), "--train-clips", "8", "--val-clips", "8", "--seed", "1"])
+    again = {path: path.read_bytes() for path in config.folder.rglob("*.mp4")}
+    assert again == {path: content for path, (_, content) in before.items()}  # the seed decides, bit for bit
+
+
+def test_what_was_left_half_written_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DemoConfig(folder=tmp_path / "demo", train_clips=8, val_clips=8)
+    encode = demo.encode
+
+    def stop(path: Path, *rest: object) -> None:
+        if "0002" in path.name:
+            raise KeyboardInterrupt
+        encode(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(demo, "encode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_demo(config)
+    monkeypatch.undo()
+    write_demo(config)
+    assert json.loads((config.folder / MARKER).read_text())["complete"] is True
+    with (config.folder / "train.csv").open() as file:
+        assert all((config.folder / row["path"]).is_file() for row in csv.DictReader(file))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds something that is not the demo"):
+        write_demo(DemoConfig(folder=tmp_path, train_clips=8, val_clips=8))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_counts_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"train_clips=10 is not a multiple of the 8 classes: try 8"):
+        DemoConfig(folder=Path("x"), train_clips=10)

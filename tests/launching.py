@@ -1,0 +1,75 @@
+"""Starting the program as its users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+COMMON = [
+    *("--data.workers", 1, "--optim.batch-size", 8, "--optim.accumulate", 2, "--optim.epochs", 2),
+    *("--optim.warmup-epochs", 0.5, "--optim.lr", 0.02, "--log-every", 1, "--clip.no-flip"),
+    *("--clip.size", 48, "--clip.resize", 52),
+]
+STAGE1 = [
+    *("--stage", 1, "--clip.frames", 8, "--clip.stride", 4),
+    *("--model.tower", "vit-demo", "--model.tower-init", "random", "--model.temporal-depth", 2, *COMMON),
+]
+STAGE2 = ["--stage", 2, "--clip.frames", 16, "--clip.stride", 2, *COMMON]
+ZERO3 = ["--ds", "ds_configs/zero3.json"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Folders of four runs, and what each printed."""
+
+    folder: Path
+    printed: dict[str, str]
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run train.py under `python`, `bigvivit train` or, with two ranks, `deepspeed`; one thread each, on the CPU."""
+    port = str(free_port())
+    words = {
+        "python": [sys.executable, "bigvivit/train.py"],
+        "bigvivit": [BIN / "bigvivit", "train"],
+        "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port, "bigvivit/train.py"],
+    }[launcher]
+    return subprocess.run(
+        [str(word) for word in (*words, *arguments)],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        | (env or {}),
+    )
+
+
+def train(launcher: str, out: Path, *arguments: object, **options: Any) -> str:
+    """`start` a training that must succeed; what it printed."""
+    done = start(launcher, "--out", out, *arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def read_losses(run: Path) -> list[float]:
+    """Loss of each step of a run that logged every step."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,67 @@
+"""The `bigvivit` command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launching import BIN, ROOT, Runs
+
+
+def call(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in (BIN / "bigvivit", *words)],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"},
+    )
+
+
+def test_help_names_every_command() -> None:
+    done = call()
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
+        "train",
+        "eval",
+        "report",
+        "demo",
+    ]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "report", "demo"])
+def test_each_command_explains_itself(command: str) -> None:
+    done = call(command, "--help")
+    assert done.returncode == 0
+    assert f"usage: bigvivit {command}" in done.stdout
+
+
+def test_an_unknown_command() -> None:
+    done = call("trian")
+    assert done.returncode == 2
+    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, report, demo\n"
+
+
+def test_evaluate_and_report(runs: Runs, demo: Path) -> None:
+    for name in ("zero1", "zero2"):
+        done = call("eval", runs[name], "--manifest", demo / "val.csv", "--views", 1, "--crops", 1, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        assert "of 16 clips" in done.stdout
+    done = call("report", runs["zero1"], runs["zero2"])
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if "│" in line}
+    assert rows["frozen parameters"].replace("│", " ").split()[2:] == ["0", "906", "k"]
+    assert rows["measured by"].count("process RSS, imports included") == 2
+
+
+def test_a_run_that_is_none(tmp_path: Path) -> None:
+    for words in (["eval", tmp_path, "--manifest", "x.csv"], ["report", tmp_path]):
+        done = call(*words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,76 @@
+"""What a stage leaves behind, and what of it is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigvivit.config import ClipConfig, ConfigError, ModelConfig
+from bigvivit.memory.plan import MemoryPlan
+from bigvivit.training.checkpoint import HEADER, TRAINABLES, Header, read_header, read_trainables, write_checkpoint
+
+HEAD = Header(
+    stage=1,
+    model=ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=2),
+    clip=ClipConfig(frames=8, size=48, resize=52, flip=False),
+    memory=MemoryPlan(),
+    classes=("a", "b"),
+    seed=3,
+    tower_folder="tower",
+    tower_checksum="0" * 64,
+)
+TENSORS = {"head.weight": torch.randn(2, 8), "temporal.cls_token": torch.randn(8, 1, 1).transpose(0, 2)}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, HEAD, TENSORS)
+    header = read_header(tmp_path)
+    assert replace(header, trainables_checksum="") == HEAD
+    tensors = read_trainables(tmp_path, header)
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("change", ["edit", "cut", "remove"])
+def test_other_weights_than_the_headers_are_refused(change: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, HEAD, TENSORS)
+    file = tmp_path / TRAINABLES
+    blob = bytearray(file.read_bytes())
+    if change == "edit":
+        blob[-1] ^= 1
+        file.write_bytes(blob)
+    elif change == "cut":
+        file.write_bytes(blob[:-10])
+    else:
+        file.unlink()
+    with pytest.raises(ConfigError, match=TRAINABLES):
+        read_trainables(tmp_path, read_header(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"holds no checkpoint\.json: give the folder"),
+        ("{", r"checkpoint\.json is damaged"),
+        ("[]", r"is not a header this version wrote"),
+        ('{"stage": 1}', r"is not a header this version wrote"),
+    ],
+)
+def test_a_header_that_is_none(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / HEADER).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_header(tmp_path)
+
+
+def test_a_setting_of_another_version_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, HEAD, TENSORS)
+    record = json.loads((tmp_path / HEADER).read_text())
+    record["clip"]["warp"] = 9
+    (tmp_path / HEADER).write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"not a header this version wrote.*warp"):
+        read_header(tmp_path)

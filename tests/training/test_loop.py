@@ -1,0 +1,70 @@
+"""The loop: which batches, which records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bigvivit.config import OptimConfig
+from bigvivit.training.loop import micro_batches, train
+from bigvivit.training.metrics import MetricsLog
+from tests.memory.test_engine import batches, build_engine
+
+
+class Loader:
+    """Seven micro-batches an epoch, remembering what it was told."""
+
+    def __init__(self) -> None:
+        self.data = batches(7, 4)
+        self.epochs: list[int] = []
+        self.sampler = SimpleNamespace(set_epoch=self.epochs.append)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        return iter(self.data)
+
+
+def test_epochs_are_cut_to_whole_steps() -> None:
+    loader = Loader()
+    stream = micro_batches(loader, accumulate=2)
+    taken = [next(stream) for _ in range(7)]
+    assert [epoch for epoch, _ in taken] == [0, 0, 0, 1, 1, 1, 2]
+    assert loader.epochs == [0, 1, 2]
+    assert [id(batch) for _, pair in taken[:3] for batch in pair] == [id(batch) for batch in loader.data[:6]]
+
+
+def test_records_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optim = OptimConfig(lr=0.5, batch_size=8, accumulate=2, epochs=4, warmup_epochs=0)
+    engine = build_engine(optim, steps_per_epoch=3)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", 12, "stage 1")
+    result = train(engine, Loader(), optim, steps=12, log_every=5, metrics=metrics)
+    metrics.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [5, 10, 12]
+    assert [record["epoch"] for record in records] == [1, 3, 3]
+    assert records[-1]["loss"] == result.loss
+    assert records[0]["lr"] > records[1]["lr"] > records[2]["lr"] > 0
+    assert all(record["peak_bytes"] > 0 and record["seconds_per_step"] > 0 for record in records)
+    assert records[-1]["seconds_left"] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("step 5/12  loss ")
+
+
+def test_the_loss_of_a_record_is_the_mean_since_the_last(tmp_path: Path) -> None:
+    def run(log_every: int) -> list[float]:
+        optim = OptimConfig(lr=0.5, batch_size=8, accumulate=2, epochs=2, warmup_epochs=0)
+        metrics = MetricsLog(tmp_path / "metrics.jsonl", 6, "")
+        train(build_engine(optim, 3), Loader(), optim, steps=6, log_every=log_every, metrics=metrics)
+        metrics.close()
+        return [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    each = torch.tensor(run(1))
+    assert run(4) == pytest.approx([each[:4].mean().item(), each[4:].mean().item()], abs=1e-6)
