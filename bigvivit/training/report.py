@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -27,11 +29,10 @@ PACKAGES = ("bigvivit", "torch", "torchvision", "transformers", "deepspeed", "de
 def describe_run(config: TrainConfig, *, engine: str, world: int, device: torch.device) -> dict[str, Any]:
     """Everything needed to run it again: command, resolved configuration, commit, versions, machine."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": read_command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": read_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": read_versions(),
         "engine": engine,
         "ranks": world,
         "device": describe_device(device),
@@ -59,6 +60,67 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What numbers were taken on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"device": describe_device(device), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+
+
+def write_report(
+    folder: Path, bench: str, *, device: torch.device, settings: dict[str, Any], rows: list[dict[str, Any]]
+) -> Path:
+    """`<bench>_<machine>_<date>.json` and a `.md` table of the same rows; returns the path without its ending.
+
+    Each row says `evidence`, measured or forecast, and carries the unit in each key.
+    """
+    now, machine, versions = datetime.now(timezone.utc), describe_machine(device), read_versions()
+    words = re.sub(r"\(.*?\)|[^a-z0-9]+", " ", f"{machine['device']} {machine['cores']} cores".lower())
+    stem = folder / f"{bench}_{'-'.join(words.split())}_{now:%Y-%m-%d}"
+    record = {
+        "bench": bench,
+        "command": read_command(),
+        "commit": read_commit(),
+        "date": now.isoformat(timespec="seconds"),
+        "machine": machine,
+        "versions": versions,
+        "settings": settings,
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = [keys, ["---"] * len(keys), *([format_cell(key, row.get(key)) for key in keys] for row in rows)]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    memory = format_bytes(machine["memory_bytes"])
+    head = f"# {bench}\n\n`{record['command']}`, commit {record['commit']}, {record['date']}\n\n"
+    head += f"{machine['device']}, {machine['cores']} cores, {memory}; " + ", ".join(
+        f"{name} {version}" for name, version in versions.items()
+    )
+    stem.with_name(f"{stem.name}.md").write_text(f"{head}\n\n{text}\n")
+    return stem
+
+
+def format_cell(key: str, value: Any) -> str:
+    """A value for people, by the unit its key carries."""
+    if value is None:
+        return ""
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    if key.startswith("top"):
+        return f"{value:.1%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_command() -> str:
+    """The command line of this process, without the folders before the program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def read_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

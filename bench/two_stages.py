@@ -1,0 +1,100 @@
+"""Both stages of a method run, written down: `python bench/two_stages.py RUN [RUN ...]`, after training and evaluation.
+
+Reads what the runs' folders hold (`./launch.sh` leaves `runs/demo/stage1` and `stage2`) and writes a report with a
+picture: clips it was evaluated on, losses, and accuracy with frames in order and shuffled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+
+from bigvivit.data.decode import open_video
+from bigvivit.data.manifest import read_manifest
+from bigvivit.training.report import read_json, write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write down finished and evaluated runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, in order."""
+    name: str = "two_stages"
+    """Name of the report."""
+    results: Path = Path(__file__).parent / "results"
+    """Folder of reports."""
+
+
+def main(arguments: Arguments) -> None:
+    """Collect, write, draw."""
+    rows = [collect(run) for run in arguments.runs]
+    device = torch.device("cuda" if "CUDA" in rows[0]["peak_measured_by"] else "cpu")
+    settings = {str(run): read_json(run / "run.json") for run in arguments.runs}
+    stem = write_report(arguments.results, arguments.name, device=device, settings=settings, rows=rows)
+    draw(arguments.runs, stem.with_name(f"{stem.name}.png"))
+    print(f"wrote {stem}.json, .md and .png")
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """One row of the report."""
+    accuracy, shuffled, record = (read_json(run / f"{name}.json") for name in ("eval", "eval_shuffled", "run"))
+    return {
+        "run": str(run),
+        **read_json(run / "summary.json"),
+        "engine": record["engine"],
+        "ranks": record["ranks"],
+        "clips": accuracy["clips"],
+        "top1": accuracy["top1"],
+        "top5": accuracy["top5"],
+        "top1_frames_shuffled": shuffled["top1"],
+        "evidence": "measured",
+    }
+
+
+def draw(runs: tuple[Path, ...], path: Path) -> None:
+    """Clips above, losses and accuracies below."""
+    figure = plt.figure(figsize=(11, 6), layout="constrained")
+    clips, plots = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    draw_clips(clips, Path(read_json(runs[0] / "eval.json")["manifest"]))
+    losses, accuracies = plots.subplots(1, 2, width_ratios=(2, 1))
+    start = 0
+    for run in runs:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.plot([start + record["step"] for record in records], [r["loss"] for r in records], label=str(run))
+        start += records[-1]["step"]
+    losses.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
+    losses.legend(frameon=False)
+    for offset, (name, label) in enumerate((("eval", "frames in order"), ("eval_shuffled", "frames shuffled"))):
+        values = [100 * read_json(run / f"{name}.json")["top1"] for run in runs]
+        bars = accuracies.bar([i + 0.4 * offset for i in range(len(runs))], values, width=0.38, label=label)
+        accuracies.bar_label(bars, fmt="%.0f %%", fontsize=8)
+    accuracies.set(ylabel="top-1 on held-out clips, %", ylim=(0, 115))
+    accuracies.set_xticks([i + 0.2 for i in range(len(runs))], [f"stage {i + 1}" for i in range(len(runs))])
+    accuracies.legend(frameon=False, loc="upper center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_clips(figure: Any, manifest_path: Path) -> None:
+    """Eight frames of one clip of each of the first eight classes, in two columns."""
+    manifest = read_manifest(manifest_path)
+    axes = figure.subplots(4, 2)
+    for label, axis in enumerate(axes.T.flat):
+        axis.axis("off")
+        clip = next((clip for clip in manifest.clips if clip.label == label), None)
+        if clip is not None:
+            video = open_video(clip.path)
+            frames = video.read([round(i * (len(video) - 1) / 7) for i in range(8)])  # [8, 3, h, w]
+            axis.imshow(torch.nn.functional.pad(frames, (1, 1), value=255).permute(2, 0, 3, 1).flatten(1, 2))
+            axis.set_title(manifest.classes[label], fontsize=8, loc="left", pad=2)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
