@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -63,5 +64,6 @@ def open_video(path: Path) -> VideoReader:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says before its stack of C++ frames."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What decord's error says, without the time and source line before it and the stack of C++ frames after it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line)

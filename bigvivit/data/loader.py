@@ -40,7 +40,10 @@ def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
 
 
 def window(video: VideoReader, clip: Clip) -> range:
-    """The frame numbers between a clip's start and end, at least one."""
+    """The frame numbers between a clip's start and end, by the video's mean frame rate.
+
+    Annotations often run a little past their video: an end is cut to it, and a start past it leaves the last frame.
+    """
     first = 0 if clip.start is None else min(round(clip.start * video.fps), len(video) - 1)
     last = len(video) if clip.end is None else min(round(clip.end * video.fps), len(video))
     return range(first, max(last, first + 1))
@@ -52,6 +55,14 @@ def sample_generator(*key: int) -> torch.Generator:
     for number in key:
         seed = (seed * 1_000_003 + number + 1) % 2**63
     return torch.Generator().manual_seed(seed)
+
+
+def shuffled_order(count: int, generator: torch.Generator) -> Tensor:
+    """A random order of `count` frames, int64 [count], never the one they are in; a single frame has no other."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        if count == 1 or not torch.equal(order, torch.arange(count)):
+            return order
 
 
 class TrainClips(Dataset[tuple[Tensor, int, int]]):
@@ -90,7 +101,7 @@ class EvalClips(Dataset[tuple[Tensor, int, int]]):
         for number, chosen in enumerate(uniform_clips(len(frames), self.clip.frames, self.clip.stride, self.views)):
             view = crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
             if self.shuffle_frames:
-                view = view[:, torch.randperm(len(chosen), generator=sample_generator(self.seed, index, number))]
+                view = view[:, shuffled_order(len(chosen), sample_generator(self.seed, index, number))]
             views.append(view)
         return torch.cat(views), source.label, index
 
@@ -124,7 +135,10 @@ class ShareOfRank(Sampler[int]):
 def build_train_loader(
     clip: ClipConfig, manifest: Manifest, *, batch_size: int, workers: int, rank: int, world: int, seed: int
 ) -> DataLoader[Any]:
-    """This rank's micro-batches of `batch_size` random clips; `loader.sampler.set_epoch` before each epoch."""
+    """This rank's micro-batches of `batch_size` random clips; `loader.sampler.set_epoch` before each epoch.
+
+    What does not fill a batch is left out. Iterating raises DecodeError for a video that cannot be read.
+    """
     dataset = TrainClips(clip, manifest.clips, seed)
     sampler = EpochSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
     return build_loader(dataset, sampler, batch_size, workers, drop_last=True)
@@ -143,7 +157,10 @@ def build_eval_loader(
     rank: int,
     world: int,
 ) -> DataLoader[Any]:
-    """This rank's share of the videos, each once, all views and crops of a video together."""
+    """This rank's share of the videos, each once, all views and crops of a video together: a view's crops in a row.
+
+    `shuffle_frames` permutes the frames of each view, alike in its crops. Iterating raises DecodeError.
+    """
     dataset = EvalClips(clip, manifest.clips, views=views, crops=crops, shuffle_frames=shuffle_frames, seed=seed)
     return build_loader(dataset, ShareOfRank(len(dataset), rank, world), batch_size, workers, drop_last=False)
 
@@ -151,7 +168,10 @@ def build_eval_loader(
 def build_loader(
     dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, *, drop_last: bool
 ) -> DataLoader[Any]:
-    """Workers are spawned, since decord and CUDA do not survive a fork, and kept over epochs."""
+    """Workers are spawned, since decord and CUDA do not survive a fork, and kept over epochs.
+
+    PyTorch gives each of them a single thread.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -7,9 +7,9 @@ import torch
 
 
 def random_clip(num_frames: int, frames: int, stride: int, generator: torch.Generator) -> list[int]:
-    """`frames` frame numbers, `stride` apart, from a start drawn uniformly; for training.
+    """`frames` frame numbers below `num_frames`, `stride` apart, from a start drawn uniformly; for training.
 
-    A video that is shorter than the clip is spread over it instead, as in `uniform_clips`.
+    Where the video is shorter than a clip, the frames are spread over all of it, as in `uniform_clips`.
     """
     room = num_frames - clip_span(frames, stride)
     if room < 0:
@@ -32,7 +32,7 @@ def uniform_clips(num_frames: int, frames: int, stride: int, views: int) -> list
 
 
 def clip_span(frames: int, stride: int) -> int:
-    """Frames of the video from a clip's first to its last."""
+    """Number of the video's frames from a clip's first to its last, both counted."""
     return (frames - 1) * stride + 1
 
 

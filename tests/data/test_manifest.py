@@ -108,8 +108,8 @@ def test_all_faults_come_in_one_message_and_many_are_cut(folder: Path) -> None:
     [
         ("clips.txt", b"path,label\n", r"ends in \.txt: give a \.csv or a \.jsonl"),
         ("clips.csv", b"path,label\n\xff\xfe,x\n", r"is not UTF-8 text"),
-        ("clips.jsonl", b'{"path": \n', r"line 1 is not JSON"),
-        ("clips.jsonl", b"[1]\n", r"line 1 is not a JSON object"),
+        ("clips.jsonl", b'{"path": \n', r"line 1: not JSON \(Expecting value at character 11\)"),
+        ("clips.jsonl", b"[1]\n", r"line 1: not a JSON object"),
         ("clips.csv", None, r"cannot be read \(No such file"),
     ],
 )

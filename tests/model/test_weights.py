@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +186,28 @@ def test_the_checksum_changes_with_the_weights_only(tmp_path: Path) -> None:
         tower.pool.layernorm.bias[3] += 1
     write(tower, DEMO, tmp_path, 2)
     assert tower_checksum(tmp_path) != before
+
+
+def test_a_model_of_the_hub_from_its_cache(tmp_path: Path) -> None:
+    """A hub id goes the hub's way: here to its local cache, laid out as the hub lays it out, without a network."""
+    repository = tmp_path / "models--lab--tower"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save(MODELS["dinov2"](), snapshot)
+    code = (
+        "import torch\n"
+        "from bigvivit.model.towers import build_tower, resolve_tower\n"
+        "from bigvivit.model.weights import fetch_weights, open_weights\n"
+        "spec = resolve_tower('lab/tower')\n"
+        "fill = open_weights(spec, fetch_weights(spec), 1)\n"
+        "piece = build_tower(spec, tubelet=1, image_size=32, droplayer=0.0).layers[2].to_empty(device='cpu')\n"
+        "fill('layers.2', piece)\n"
+        "print(float(piece.mlp.fc1.weight.sum()))\n"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    stored = load_file(snapshot / "model.safetensors")["encoder.layer.2.mlp.fc1.weight"]
+    assert float(done.stdout) == pytest.approx(float(stored.sum()))

@@ -1,0 +1,37 @@
+"""The line on a terminal. Plain lines and the file: test_loop.py."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import sys
+from pathlib import Path
+from bigvivit.training.metrics import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), 30, "stage 1")
+record = {"loss": 1.5, "lr": 0.1, "clips_per_second": 33.2, "peak_bytes": 3 * 2**30, "seconds_left": 9.0}
+for step in (10, 30):
+    log.report({"step": step, **record})
+log.close()
+"""
+
+
+def test_one_moving_line_on_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, tmp_path / "metrics.jsonl"],
+        check=False,
+        stdout=theirs,
+        env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    printed = os.read(ours, 100_000).decode()
+    assert done.returncode == 0
+    for part in ("stage 1", "30/30", "loss 1.5000", "lr 1.00e-01", "33.2 clips/s", "3 GiB"):
+        assert part in printed
+    assert "step 10/30" not in printed  # that is the plain form
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
