@@ -45,5 +45,23 @@ def test_what_is_no_video_is_named(content: bytes, tmp_path: Path) -> None:
 def test_a_torn_video_is_named(tmp_path: Path) -> None:
     path = write_video(tmp_path / "torn.mp4", 30)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DecodeError, match=r"torn\.mp4"):
+    with pytest.raises(DecodeError, match=r"torn\.mp4 cannot be opened as a video"):
+        open_video(path)
+
+
+def test_a_damaged_video_is_named_in_words(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "damaged.mp4", 30)
+    content = bytearray(path.read_bytes())
+    frames, index = content.index(b"mdat"), content.index(b"moov")
+    middle = (frames + index) // 2
+    content[middle : middle + 300] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match=r"damaged\.mp4 cannot be decoded") as caught:
         open_video(path).read(range(30))
+    assert "\n" not in str(caught.value)
+    assert ".cc:" not in str(caught.value)
+
+
+def test_a_frame_past_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DecodeError, match=r"v\.mp4 cannot be decoded: .*\[30\]"):
+        open_video(write_video(tmp_path / "v.mp4", 30)).read([29, 30])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,16 @@ import pytest
 import torch
 
 from bigvivit.config import ClipConfig
-from bigvivit.data.loader import Batch, build_eval_loader, build_train_loader, window
+from bigvivit.data.decode import DecodeError
+from bigvivit.data.loader import (
+    Batch,
+    build_eval_loader,
+    build_loader,
+    build_train_loader,
+    sample_generator,
+    shuffled_order,
+    window,
+)
 from bigvivit.data.manifest import Clip, Manifest, read_manifest
 from tests.data.videos import frame_numbers, write_video
 
@@ -67,8 +78,55 @@ def test_epochs_differ_and_repeat(manifest: Manifest) -> None:
 
 
 def test_spawned_workers_change_nothing(manifest: Manifest) -> None:
-    alone = train_batches(manifest, 1, batch_size=4)
-    assert same(alone, train_batches(manifest, 1, batch_size=4, workers=2))
+    """Nor does it matter that they are kept from one epoch to the next."""
+    loader = build_train_loader(CLIP, manifest, batch_size=4, workers=2, rank=0, world=1, seed=7)
+    for epoch in (1, 2):
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        assert same(train_batches(manifest, epoch, batch_size=4), list(loader))
+
+
+class Worker(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
+    """Says of the process it is read in: how many threads, and whether it is a worker."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        return torch.zeros(1), torch.get_num_threads(), int(torch.utils.data.get_worker_info() is not None)
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_worker_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a worker would start with
+    (batch,) = build_loader(Worker(), torch.utils.data.SequentialSampler(range(1)), 1, 1, drop_last=False)
+    assert (int(batch.labels), int(batch.indices)) == (1, 1)
+
+
+def test_a_worker_imports_no_model() -> None:
+    """Every one of them imports the loader again, and holds what that brings in."""
+    code = "import sys, bigvivit.data.loader; sys.exit(' '.join({'transformers', 'deepspeed'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_video_is_named_through_its_worker(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken = Manifest(manifest.path, (Clip(tmp_path / "broken.mp4", 0),), manifest.classes)
+    with pytest.raises(DecodeError, match=r"broken\.mp4 cannot be opened as a video"):
+        train_batches(broken, 0, batch_size=1, workers=1)
+
+
+def test_clips_stay_between_start_and_end(manifest: Manifest) -> None:
+    """At 10 frames a second, 0.5 to 1.4 s is frames 5 to 13; training and evaluation both keep to it."""
+    part = Manifest(manifest.path, (Clip(manifest.clips[0].path, 0, 0.5, 1.4),), manifest.classes)
+    starts = set()
+    for epoch in range(20):
+        (batch,) = train_batches(part, epoch, batch_size=1)
+        numbers = frame_numbers(batch.clips[0])
+        assert numbers == list(range(numbers[0], numbers[0] + 7, 2))
+        starts.add(numbers[0])
+    assert starts == {5, 6, 7}
+    (batch,) = eval_batches(part, crops=1)
+    assert [frame_numbers(view) for view in batch.clips[0]] == [[5, 7, 9, 11], [7, 9, 11, 13]]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -113,10 +171,17 @@ def test_shuffled_frames_are_the_same_frames(manifest: Manifest) -> None:
         for before, after in zip(clips, shuffled[index][1], strict=True):
             numbers = frame_numbers(after)
             assert sorted(numbers) == frame_numbers(before)
+            assert numbers != frame_numbers(before)
             orders.add(tuple(number - min(numbers) for number in numbers))
     assert len(orders) > 10
     again = as_table(eval_batches(manifest, shuffle_frames=True, workers=1, batch_size=3))
     assert all(torch.equal(again[index][1], clips) for index, (_, clips) in shuffled.items())
+
+
+def test_a_shuffled_order_is_any_but_the_given_one() -> None:
+    orders = [tuple(shuffled_order(3, sample_generator(seed)).tolist()) for seed in range(300)]
+    assert set(orders) == set(itertools.permutations(range(3))) - {(0, 1, 2)}
+    assert shuffled_order(1, sample_generator(0)).tolist() == [0]
 
 
 def test_a_window_in_seconds(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_numbers_are_taken_as_they_are(folder: Path) -> None:
     assert manifest.classes == ("0", "1", "2")
 
 
+def test_padded_numbers_are_numbers(folder: Path) -> None:
+    manifest = read_manifest(write(folder, "path,label\na.mp4,00\nb.mp4,01\nsub/c.mp4,1\n"))
+    assert [clip.label for clip in manifest.clips] == [0, 1, 1]
+    assert manifest.classes == ("0", "1")
+
+
 def test_a_part_of_a_video(folder: Path) -> None:
     manifest = read_manifest(write(folder, "path,label,start,end\na.mp4,x,1.5,3\nb.mp4,y,,2\n"))
     assert [(clip.start, clip.end) for clip in manifest.clips] == [(1.5, 3.0), (None, 2.0)]
@@ -54,6 +60,13 @@ def test_numbers_in_jsonl_start_at_zero(folder: Path) -> None:
     rows = [{"path": "a.mp4", "label": 0}, {"path": "b.mp4", "label": 1}]
     manifest = read_manifest(write(folder, "\n".join(map(json.dumps, rows)), "clips.jsonl"))
     assert [clip.label for clip in manifest.clips] == [0, 1]
+
+
+def test_lines_end_where_the_format_ends_them(folder: Path) -> None:
+    jsonl = write(folder, '{"path": "a.mp4", "label": "x\u2028y"}\n', "clips.jsonl")
+    assert read_manifest(jsonl).classes == ("x\u2028y",)
+    csv = write(folder, 'path,label,note\na.mp4,"push, left","two\nlines"\nb.mp4,x,\n')
+    assert read_manifest(csv).classes == ("push, left", "x")
 
 
 def test_a_byte_order_mark_and_umlauts(folder: Path) -> None:
@@ -86,6 +99,11 @@ FAULTY = [
     ("path,label,start\na.mp4,x,-1\n", r"line 2: start='-1' is not a time"),
     ("path,label,start\na.mp4,x,nan\n", r"line 2: start='nan' is not a time"),
     ("path,label,start,end\na.mp4,x,3,2\n", r"line 2: end=2\.0 is not after start=3\.0"),
+    ("path,label\na.mp4,push, left\n", r"line 2: more values than columns: put a value that holds a comma in quotes"),
+    ('path,label\n"a.mp4,x\nb.mp4,y\n', r"line 2: not CSV .*: is a quotation mark left open"),
+    ("path,label\n" + "a" * 5000 + ".mp4,x\n", r"line 2: a{119}… is not a file"),
+    ("path,label\na.mp4,-1\nb.mp4,0\n", r"line 2: label '-1' is below 0"),
+    (f"path,label\na.mp4,{10**15}\n", r"labels go up to 10{15}, but 10{15} numbers below have no clip"),
     ("path,label\na.mp4,1999\n", r"labels go up to 1999, but 1999 numbers below have no clip"),
 ]
 
@@ -103,12 +121,22 @@ def test_all_faults_come_in_one_message_and_many_are_cut(folder: Path) -> None:
     assert lines[1:] == [f"  - line {i + 2}: {i}.mp4 is not a file" for i in range(10)] + ["  - and 20 more"]
 
 
+def test_faults_of_every_kind_come_in_the_order_of_lines(folder: Path) -> None:
+    lines = ["{bad", '{"path": "a.mp4", "label": 1.5}', '{"path": "none.mp4", "label": "x"}', "[1]"]
+    lines += ['{"path": "a.mp4", "label": "x", "start": true}', '{"path": "b.mp4", "label": "x"}', '{"label": "x"}']
+    with pytest.raises(ConfigError) as caught:
+        read_manifest(write(folder, "\n".join(lines), "clips.jsonl"))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        f"  - line {number}" for number in (1, 2, 3, 4, 5, 7)
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("clips.txt", b"path,label\n", r"ends in \.txt: give a \.csv or a \.jsonl"),
         ("clips.csv", b"path,label\n\xff\xfe,x\n", r"is not UTF-8 text"),
-        ("clips.jsonl", b'{"path": \n', r"line 1: not JSON \(Expecting value at character 11\)"),
+        ("clips.jsonl", b'{"path": \n', r"line 1: not JSON \(Expecting value at character 10\)"),
         ("clips.jsonl", b"[1]\n", r"line 1: not a JSON object"),
         ("clips.csv", None, r"cannot be read \(No such file"),
     ],
