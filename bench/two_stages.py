@@ -61,7 +61,8 @@ def collect(run: Path) -> dict[str, Any]:
 def draw(runs: tuple[Path, ...], path: Path) -> None:
     """Clips above, losses and accuracies below."""
     figure = plt.figure(figsize=(11, 6), layout="constrained")
-    clips, plots = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    clips, plots = parts
     draw_clips(clips, Path(read_json(runs[0] / "eval.json")["manifest"]))
     losses, accuracies = plots.subplots(1, 2, width_ratios=(2, 1))
     start = 0

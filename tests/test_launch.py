@@ -51,3 +51,8 @@ def test_the_main_job_on_a_fresh_clone(tmp_path: Path) -> None:
     again = launch(tmp_path / "clone", COLUMNS="160")
     assert again.returncode == 0
     assert again.stdout.count("is there already") == 3
+    wrong = launch(
+        tmp_path / "clone", "train", "--stage", "1", "--out", "x", "--data.train", "x.csv", "--clip.frames", "8"
+    )
+    assert "model.tower is not set" in wrong.stderr
+    assert wrong.returncode != 0
