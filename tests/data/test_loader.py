@@ -75,6 +75,12 @@ def test_epochs_differ_and_repeat(manifest: Manifest) -> None:
     assert same(train_batches(manifest, 3, batch_size=4), train_batches(manifest, 3, batch_size=4))
     assert not same(train_batches(manifest, 3, batch_size=4), train_batches(manifest, 4, batch_size=4))
     assert not same(train_batches(manifest, 3, batch_size=4), train_batches(manifest, 3, batch_size=4, seed=8))
+    orders = [
+        [int(index) for batch in train_batches(manifest, epoch, batch_size=4, seed=seed) for index in batch.indices]
+        for epoch, seed in ((3, 7), (4, 7), (3, 8))
+    ]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
 
 
 def test_spawned_workers_change_nothing(manifest: Manifest) -> None:
