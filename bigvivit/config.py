@@ -152,7 +152,9 @@ class TrainConfig:
     init_from: Path | None = None
     """Run folder of stage 1; required in stage 2."""
     ds: Path | None = None
-    """DeepSpeed configuration (JSON). Without it the plain PyTorch engine trains."""
+    """DeepSpeed configuration (JSON). Without it and without fsdp, every rank holds the whole model."""
+    fsdp: bool = False
+    """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
     seed: int = 0
@@ -163,6 +165,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"log_every={self.log_every} must be at least 1")
+        if self.fsdp and self.ds is not None:
+            raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.stage == 2 and self.init_from is None:
             raise ConfigError("stage=2 needs init_from: give --init-from the run folder of a finished stage 1")
         if self.stage == 1 and self.init_from is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bigvivit.assemble import TowerSource
     from bigvivit.memory.engine import Engine
+    from bigvivit.memory.load import Sharder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +83,7 @@ def run_stage(
     from bigvivit import assemble
     from bigvivit.data.loader import build_train_loader
     from bigvivit.memory.apply import apply_plan
-    from bigvivit.memory.engine import PlainEngine
+    from bigvivit.memory.engine import DdpEngine, PlainEngine
     from bigvivit.memory.freeze import count_parameters, describe_frozen
     from bigvivit.memory.measure import measure_peak_over_ranks
     from bigvivit.model.towers import Tower
@@ -102,7 +103,7 @@ def run_stage(
         folder=assemble.tower_folder(config.init_from, before) if config.init_from and before else None,
         checksum=before.tower_checksum if before else None,
     )
-    start_process_group(device, world, deepspeed=ds is not None)
+    start_process_group(device, world, deepspeed=ds is not None, fsdp=config.fsdp)
 
     model = assemble.build_model(
         source, config.model, config.clip, classes=len(manifest.classes), adapter=config.stage == 2, seed=config.seed
@@ -111,12 +112,16 @@ def run_stage(
     if before is not None and config.init_from is not None:
         for skipped in assemble.load_trained(model, config.init_from, before):
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
-    shard = None
+    sharder: Sharder | None = None
     if ds is not None:
-        from bigvivit.memory.zero import ZeroEngine, build_sharder
+        from bigvivit.memory.zero import ZeroEngine, ZeroSharder, zero_stage
 
-        shard = build_sharder(ds)
-    apply_plan(model, config.memory, frozen=config.stage == 2, fill=source.fill, device=device, shard=shard)
+        sharder = ZeroSharder(ds) if zero_stage(ds) == 3 else None
+    elif config.fsdp:
+        from bigvivit.memory.fsdp import FsdpEngine, FsdpSharder
+
+        sharder = FsdpSharder(device)
+    apply_plan(model, config.memory, frozen=config.stage == 2, fill=source.fill, device=device, sharder=sharder)
 
     loader = build_train_loader(
         config.clip,
@@ -135,17 +140,12 @@ def run_stage(
         log.info(describe_frozen("tower", model.tower, optimizer))
     trainable, frozen = count_parameters(model)
     engine: Engine
-    if ds is None:
-        engine = PlainEngine(
-            model,
-            optimizer,
-            scheduler,
-            device=device,
-            accumulate=config.optim.accumulate,
-            clip_norm=config.optim.clip_norm,
-        )
-    else:
+    if ds is not None:
         engine = ZeroEngine(model, optimizer, scheduler, ds=ds)
+    else:
+        kind = FsdpEngine if config.fsdp else DdpEngine if world > 1 else PlainEngine
+        accumulate, clip_norm = config.optim.accumulate, config.optim.clip_norm
+        engine = kind(model, optimizer, scheduler, device=device, accumulate=accumulate, clip_norm=clip_norm)
 
     log.info(
         "stage %d: %d clips, %d frames each, %d steps of %d, engine %s on %d %s rank(s)",

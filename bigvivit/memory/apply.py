@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from bigvivit.memory.freeze import freeze
-from bigvivit.memory.load import Fill, load_pieces
+from bigvivit.memory.load import Fill, Sharder, load_pieces
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower, StagedTower
 from bigvivit.units import torch_dtype
@@ -22,23 +21,28 @@ def apply_plan(
     frozen: bool,
     fill: Fill,
     device: torch.device,
-    shard: Callable[[nn.Module], None] | None = None,
+    sharder: Sharder | None = None,
 ) -> None:
     """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
 
-    `fill` brings the tower's weights; `shard` (ZeRO-3) keeps this rank's part of a module and frees the rest.
+    `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them.
     """
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
-    storage = torch_dtype(plan.storage) if frozen else torch.float32
+    units = [piece for _, piece in pieces]
+    storage = torch.float32
     if frozen:
         # Before sharding and before the optimizer: both look at requires_grad when they are handed a parameter.
         freeze(cast(nn.Module, tower))
         # Before sharding: a StreamedLayer is the unit that is gathered.
-        model.tower = FrozenTower(tower, compute_dtype(plan, device))
-    load_pieces(pieces, fill, storage=storage, device=device, shard=shard)
-    if shard is None:
-        model.to(device)  # the small trained parts; ZeRO-3 takes them over by itself
+        model.tower = stream = FrozenTower(tower, compute_dtype(plan, device))
+        units, storage = stream.units(), torch_dtype(plan.storage)
+    load_pieces(pieces, units, fill, storage=storage, device=device, sharder=sharder)
+    # After loading: the units are sharded one by one as they come, what is around them at the end.
+    if sharder is None:
+        model.to(device)
+    else:
+        sharder.finish(model)
     autocast = autocast_dtype(plan, device)
     if autocast != torch.float32:
         # Around the module's own forward, not around the engine's: DeepSpeed switches off an autocast it did not start.

@@ -1,9 +1,9 @@
-"""What the training loop needs of an engine, and the plain PyTorch one."""
+"""What the training loop needs of an engine, and the two that keep the model whole."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,9 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """PyTorch as it is: one process, or DistributedDataParallel where there are several."""
+    """PyTorch as it is, in one process."""
+
+    name = "plain"
 
     def __init__(
         self,
@@ -58,18 +60,13 @@ class PlainEngine:
         self.device, self.accumulate = device, accumulate
         self.clip_norm = clip_norm or float("inf")
         self.micro_batches = 0
-        self.ddp = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self.ddp = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-        self.name = "plain" if self.ddp is None else "ddp"
 
     def __call__(self, clips: Tensor) -> Tensor:
-        if self.ddp is None:
-            return self.module(clips)
-        last = (self.micro_batches + 1) % self.accumulate == 0
-        # DDP decides in its forward whether the backward that follows reduces gradients.
-        with nullcontext() if last else self.ddp.no_sync():
-            return self.ddp(clips)
+        return self.module(clips)
+
+    def completes_a_step(self) -> bool:
+        """Whether the next micro-batch is the last before an update."""
+        return (self.micro_batches + 1) % self.accumulate == 0
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulate).backward()
@@ -86,6 +83,22 @@ class PlainEngine:
         return float(norm)
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return {}
         return {name: p.detach().cpu() for name, p in module.named_parameters()}
+
+
+class DdpEngine(PlainEngine):
+    """DistributedDataParallel: the whole model on every rank."""
+
+    name = "ddp"
+
+    def __init__(self, module: nn.Module, *parts: Any, device: torch.device, **options: Any) -> None:
+        super().__init__(module, *parts, device=device, **options)
+        self.ddp = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        # DDP decides in its forward whether the backward that follows reduces gradients.
+        with nullcontext() if self.completes_a_step() else self.ddp.no_sync():
+            return self.ddp(clips)
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor]:
+        return super().gather(module) if dist.get_rank() == 0 else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,22 +12,36 @@ Fill = Callable[[str, nn.Module], None]
 """Copies the weights of the piece of this name into a module on the CPU that has room for them."""
 
 
+class Sharder(Protocol):
+    """Keeps this rank's part of a model and lets go of the rest."""
+
+    def shard(self, unit: nn.Module) -> None:
+        """One unit of the tower, just filled."""
+        ...
+
+    def finish(self, model: nn.Module) -> None:
+        """All that is left, once the tower is done."""
+        ...
+
+
 def load_pieces(
     pieces: Iterable[tuple[str, nn.Module]],
+    units: Iterable[nn.Module],
     fill: Fill,
     *,
     storage: torch.dtype,
     device: torch.device,
-    shard: Callable[[nn.Module], None] | None,
+    sharder: Sharder | None,
 ) -> None:
     """Materialise, fill and place each piece before the next one exists.
 
-    At no time is more than one piece whole in memory beside what has been placed: with `shard`, a rank never holds
+    At no time is more than one piece whole in memory beside what has been placed: with a sharder, a rank never holds
     the tower. The pieces come on the meta device; they are filled in `storage`, so no copy in the file's type is kept.
+    `units` are what is sharded for each: the piece itself, or what it was wrapped in.
     """
-    for name, piece in pieces:
+    for (name, piece), unit in zip(pieces, units, strict=True):
         piece.to(storage).to_empty(device="cpu")
         fill(name, piece)
         piece.to(device)  # also before sharding, which moves parameters but not buffers
-        if shard is not None:
-            shard(piece)
+        if sharder is not None:
+            sharder.shard(unit)

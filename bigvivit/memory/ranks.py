@@ -15,11 +15,11 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_process_group(device: torch.device, world: int, *, deepspeed: bool) -> None:
-    """torch.distributed for several ranks, and for DeepSpeed, which wants it for one too."""
+def start_process_group(device: torch.device, world: int, *, deepspeed: bool, fsdp: bool) -> None:
+    """torch.distributed for several ranks, and for DeepSpeed and FSDP2, which want it for one too."""
     import torch.distributed as dist
 
-    if world == 1 and not deepspeed:
+    if world == 1 and not (deepspeed or fsdp):
         return
     if world == 1:  # started without a launcher
         with socket.create_server(("127.0.0.1", 0)) as server:

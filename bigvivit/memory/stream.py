@@ -50,6 +50,10 @@ class FrozenTower(nn.Module):
         self.pool = StreamedLayer(tower.pool, compute)
         self.eval()
 
+    def units(self) -> list[nn.Module]:
+        """What is fetched one after the other, in the order of the tower's pieces."""
+        return [self.embed, *self.layers, self.pool]
+
     def train(self, mode: bool = True) -> FrozenTower:
         """Stay in eval mode: dropout and stochastic depth of a tower that does not learn would only be noise."""
         return super().train(False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -54,16 +53,18 @@ def zero_stage(ds: dict[str, Any]) -> int:
     return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
-def build_sharder(ds: dict[str, Any]) -> Callable[[nn.Module], None] | None:
-    """For ZeRO-3, what partitions a module that has just been filled; None for the stages that keep weights whole."""
-    if zero_stage(ds) < 3:
-        return None
+class ZeroSharder:
+    """ZeRO-3's partitioning of units that have just been filled."""
 
-    def shard(module: nn.Module) -> None:
-        # Every rank fills the piece; rank 0's values are the ones that count (DeepSpeed broadcasts them).
-        deepspeed.zero.Init(module=module, config_dict_or_path=ds, dtype=torch.float32)
+    def __init__(self, ds: dict[str, Any]) -> None:
+        self.ds = ds
 
-    return shard
+    def shard(self, unit: nn.Module) -> None:
+        """Every rank has filled the unit; rank 0's values are the ones that count (DeepSpeed broadcasts them)."""
+        deepspeed.zero.Init(module=unit, config_dict_or_path=self.ds, dtype=torch.float32)
+
+    def finish(self, model: nn.Module) -> None:
+        """Nothing: `deepspeed.initialize` takes over what is left."""
 
 
 class ZeroEngine:

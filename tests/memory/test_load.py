@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -26,6 +28,13 @@ def test_one_piece_at_a_time_is_filled_placed_and_let_go() -> None:
         assert piece.weight.unique().tolist() == [float(len(seen) - 1)]
         piece.to_empty(device="meta")
 
-    load_pieces(pieces, fill, storage=torch.bfloat16, device=torch.device("cpu"), shard=shard)
+    load_pieces(
+        pieces,
+        [module for _, module in pieces],
+        fill,
+        storage=torch.bfloat16,
+        device=torch.device("cpu"),
+        sharder=SimpleNamespace(shard=shard, finish=None),
+    )
     assert whole == [{"layers.0"}, {"layers.1"}, {"layers.2"}, {"layers.3"}]
     assert seen == [(f"layers.{i}", torch.bfloat16) for i in range(4)]

@@ -1,0 +1,57 @@
+"""PyTorch's FSDP2 behind the Engine protocol. The only module that imports torch's FSDP."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bigvivit.memory.engine import PlainEngine
+
+
+class FsdpSharder:
+    """Shards units as they are filled, then what is trained, in units of its own.
+
+    Frozen and trained parameters never share a unit: one that mixed them would hold gradients for both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def shard(self, unit: nn.Module) -> None:
+        """Keep this rank's part; gathered whole while the unit runs and let go after it."""
+        fully_shard(unit, reshard_after_forward=True)
+
+    def finish(self, model: nn.Module) -> None:
+        """Shard all that is left: repeated layers one by one, the rest with the root."""
+        model.to(self.device)
+        for part in model.modules():
+            if isinstance(part, nn.ModuleList):
+                for layer in part:
+                    if not isinstance(layer, FSDPModule):
+                        fully_shard(layer, reshard_after_forward=True)
+        # The root's own few parameters come last in the forward and first in the backward.
+        fully_shard(model, reshard_after_forward=False)
+
+
+class FsdpEngine(PlainEngine):
+    """Training of a model that FsdpSharder has sharded."""
+
+    name = "fsdp2"
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(self.completes_a_step())
+        return self.module(clips)
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor]:
+        whole = {}
+        for name, parameter in module.named_parameters():
+            tensor = parameter.detach()
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            if dist.get_rank() == 0:
+                whole[name] = tensor.cpu()
+        return whole
