@@ -10,7 +10,6 @@ from __future__ import annotations
 import colorsys
 import csv
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import tyro
+from rich.console import Console
 from rich.progress import track
 
 from bigvivit import __version__
@@ -51,6 +51,8 @@ class DemoConfig:
             value = getattr(self, name)
             if value < 8 or value % 8:
                 raise ConfigError(f"{name}={value} is not a multiple of the 8 classes: try {max(8, value // 8 * 8)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative")
 
 
 def main(argv: list[str]) -> None:
@@ -59,38 +61,58 @@ def main(argv: list[str]) -> None:
 
 
 def write_demo(config: DemoConfig) -> None:
-    """`train.csv`, `val.csv` and the videos they name, unless the folder holds them already.
+    """`train.csv`, `val.csv` and the videos they name, unless the folder holds all of them already.
 
     Raises ConfigError for a folder with anything else in it, which is left as it is.
     """
     folder, marker = config.folder, config.folder / MARKER
     settings = {**asdict(config), "folder": None, "version": __version__}
-    if marker.is_file():
-        try:
-            found = json.loads(marker.read_text())
-        except json.JSONDecodeError:
-            found = None
-        if found == {"complete": True, "settings": settings}:
+    splits = {"train": config.train_clips, "val": config.val_clips}
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        found = read_marker(marker)
+        if found is None:
+            raise ConfigError(f"{folder} holds something that is not the demo: give a new folder, or empty that one")
+        if found == {"complete": True, "settings": settings} and holds_clips(folder, splits):
             print(f"{folder} is there already")
             return
-        shutil.rmtree(folder / "clips", ignore_errors=True)  # of other settings, or of a run that was stopped
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"{folder} holds something that is not the demo: give a new folder, or empty that one")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
+    # Before anything is deleted: a call stopped half-way must not leave a marker that says complete.
     marker.write_text(json.dumps({"complete": False, "settings": settings}))
-    for split, (name, clips) in enumerate((("train", config.train_clips), ("val", config.val_clips))):
+    console = Console()
+    for number, (name, clips) in enumerate(splits.items()):
+        for path in (folder / "clips").glob(f"{name}_*.mp4"):
+            path.unlink()
         with (folder / f"{name}.csv").open("w", newline="") as file:
             manifest = csv.writer(file)
             manifest.writerow(["path", "label"])
-            for pair in track(range(clips // 2), description=f"drawing {name} clips"):
+            pairs = range(clips // 2)
+            for pair in track(pairs, f"drawing {name} clips", console=console, disable=not console.is_terminal):
                 motion = MOTIONS[pair % len(MOTIONS)]
-                generator = np.random.default_rng([config.seed, split, pair])
+                generator = np.random.default_rng([config.seed, number, pair])
                 frames, rate = draw_video(motion[0], generator)
                 for label, ordered in zip(motion, (frames, frames[::-1]), strict=True):
                     path = Path("clips") / f"{name}_{pair:04d}_{label}.mp4"
                     encode(folder / path, ordered, rate)
                     manifest.writerow([path, label])
     marker.write_text(json.dumps({"complete": True, "settings": settings}))
+    print(f"wrote {config.train_clips} clips to train on and {config.val_clips} held-out ones to {folder}")
+
+
+def read_marker(path: Path) -> dict[str, object] | None:
+    """What `write_demo` noted about a folder; None where the file is missing or not of its making."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"complete", "settings"} else None
+
+
+def holds_clips(folder: Path, splits: dict[str, int]) -> bool:
+    """Whether every split has its manifest and as many videos as it should."""
+    return all(
+        (folder / f"{name}.csv").is_file() and len(list((folder / "clips").glob(f"{name}_*.mp4"))) == clips
+        for name, clips in splits.items()
+    )
 
 
 def draw_video(motion: str, generator: np.random.Generator) -> tuple[np.ndarray, int]:
