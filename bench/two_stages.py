@@ -76,7 +76,7 @@ def draw(runs: tuple[Path, ...], path: Path) -> None:
         values = [100 * read_json(run / f"{name}.json")["top1"] for run in runs]
         bars = accuracies.bar([i + 0.4 * offset for i in range(len(runs))], values, width=0.38, label=label)
         accuracies.bar_label(bars, fmt="%.0f %%", fontsize=8)
-    accuracies.set(ylabel="top-1 on held-out clips, %", ylim=(0, 115))
+    accuracies.set(ylabel="top-1 on held-out clips, %", ylim=(0, 128))
     accuracies.set_xticks([i + 0.2 for i in range(len(runs))], [f"stage {i + 1}" for i in range(len(runs))])
     accuracies.legend(frameon=False, loc="upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)

@@ -161,10 +161,17 @@ class TrainConfig:
     """Seeds initial weights, the order of clips, their cuts and stochastic depth."""
     log_every: int = 10
     """Optimizer steps between two lines of the log."""
+    save_every: int = 500
+    """Optimizer steps between two checkpoints that training can go on from; 0 keeps only the finished stage."""
+    keep: int = 2
+    """How many of them are kept, the last ones."""
+    resume: bool = False
+    """Go on from the last checkpoint in `out`; from the beginning where there is none yet."""
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ConfigError(f"log_every={self.log_every} must be at least 1")
+        for name, least in (("log_every", 1), ("keep", 1), ("save_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.stage == 2 and self.init_from is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import tyro
@@ -16,6 +18,18 @@ from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
 from bigvivit.memory.ranks import rank_and_world, start_process_group
 from bigvivit.training.checkpoint import HEADER, TOWER, Header, read_header, write_checkpoint
+from bigvivit.training.progress import (
+    CHECKPOINTS,
+    OPTIMIZER,
+    RANDOM,
+    Progress,
+    begin_checkpoint,
+    commit_checkpoint,
+    list_checkpoints,
+    read_progress,
+    read_tensors,
+    write_progress,
+)
 from bigvivit.training.report import describe_run
 
 if TYPE_CHECKING:
@@ -46,6 +60,11 @@ def train(config: TrainConfig) -> None:
     # What can be wrong is found here, before torch is imported.
     if (config.out / HEADER).exists():
         raise ConfigError(f"out={config.out} holds a finished run: give another folder, or delete that one")
+    checkpoints = list_checkpoints(config.out)
+    if checkpoints and not config.resume:
+        raise ConfigError(
+            f"out={config.out} holds a run that stopped at {checkpoints[0].name}: add --resume, or give another folder"
+        )
     before = None
     if config.init_from is not None:
         before = read_header(config.init_from)
@@ -64,13 +83,27 @@ def train(config: TrainConfig) -> None:
             f"{config.data.train}: give a smaller one"
         )
 
-    run_stage(config, manifest, before, ds, rank=rank, world=world, micro_batch=micro_batch)
+    resumed = None
+    if checkpoints:
+        resumed = Resumed(checkpoints[0], read_header(checkpoints[0]), read_progress(checkpoints[0], config))
+
+    run_stage(config, manifest, before, resumed, ds, rank=rank, world=world, micro_batch=micro_batch)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that training goes on from."""
+
+    folder: Path
+    header: Header
+    progress: Progress
 
 
 def run_stage(
     config: TrainConfig,
     manifest: Manifest,
     before: Header | None,
+    resumed: Resumed | None,
     ds: dict | None,
     *,
     rank: int,
@@ -90,6 +123,7 @@ def run_stage(
     from bigvivit.training import loop
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
+    from bigvivit.training.state import gather_random, restore_random, restore_scheduler, scheduler_state
 
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -97,11 +131,13 @@ def run_stage(
     torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
 
     device = assemble.choose_device(config.device)
+    # Weights come from the checkpoint to go on from, else from the stage before, else from where they were published.
+    run, header = (resumed.folder, resumed.header) if resumed else (config.init_from, before)
     source = assemble.open_tower(
         config.model,
         seed=config.seed,
-        folder=assemble.tower_folder(config.init_from, before) if config.init_from and before else None,
-        checksum=before.tower_checksum if before else None,
+        folder=assemble.tower_folder(run, header) if run and header else None,
+        checksum=header.tower_checksum if header else None,
     )
     start_process_group(device, world, deepspeed=ds is not None, fsdp=config.fsdp)
 
@@ -109,8 +145,8 @@ def run_stage(
         source, config.model, config.clip, classes=len(manifest.classes), adapter=config.stage == 2, seed=config.seed
     )
     pieces = cast(Tower, model.tower).pieces()  # under a checkpoint's names, before anything wraps them
-    if before is not None and config.init_from is not None:
-        for skipped in assemble.load_trained(model, config.init_from, before):
+    if run is not None and header is not None:
+        for skipped in assemble.load_trained(model, run, header):
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
     sharder: Sharder | None = None
     if ds is not None:
@@ -158,20 +194,60 @@ def run_stage(
         world,
         device.type,
     )
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed.progress.step
+        engine.load_optimizer(read_tensors(resumed.folder, OPTIMIZER))
+        restore_scheduler(scheduler, resumed.progress.scheduler)
+        restore_random(read_tensors(resumed.folder, RANDOM), seed=config.seed + first_step, rank=rank, world=world)
+        log.info("going on from %s", resumed.folder)
     metrics = None
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         record = describe_run(config, engine=engine.name, world=world, device=device)
         (config.out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-        metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}")
+        metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}", first_step)
+
+    def save(step: int) -> None:
+        folder = begin_checkpoint(config.out, step) if rank == 0 else config.out
+        keep(config, engine, source, pieces, manifest.classes, folder)
+        optimizer_state, random = engine.gather_optimizer(), gather_random(rank, world)
+        if rank == 0:
+            write_progress(
+                folder,
+                step=step,
+                config=config,
+                world=world,
+                scheduler=scheduler_state(scheduler),
+                optimizer=optimizer_state,
+                random=random,
+            )
+            commit_checkpoint(folder, config.keep)
+
     try:
-        result = loop.train(engine, loader, config.optim, steps=steps, log_every=config.log_every, metrics=metrics)
+        result = loop.train(
+            engine,
+            loader,
+            config.optim,
+            steps=steps,
+            log_every=config.log_every,
+            metrics=metrics,
+            first_step=first_step,
+            save_every=config.save_every,
+            save=save,
+        )
+    except loop.NonFiniteError as error:
+        clips = ", ".join(str(manifest.clips[index].path) for index in error.indices)
+        raise ConfigError(
+            f"{error}: no finite number any more. Clips on rank {rank}: {clips}. "
+            f"Try a lower --optim.lr, or look at these clips"
+        ) from None
     finally:
         if metrics is not None:
             metrics.close()
 
     peak = measure_peak_over_ranks(device)
-    keep(config, engine, source, pieces, manifest.classes)
+    keep(config, engine, source, pieces, manifest.classes, config.out)
     if rank == 0:
         summary = {
             "stage": config.stage,
@@ -185,6 +261,7 @@ def run_stage(
             "loss": result.loss,
         }
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)  # the finished stage takes their place
         log.info("kept %s", config.out)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -197,15 +274,16 @@ def keep(
     source: TowerSource,
     pieces: list[tuple[str, nn.Module]],
     classes: tuple[str, ...],
+    out: Path,
 ) -> None:
-    """The stage's checkpoint. Every rank must call it: sharded engines gather piece by piece, and rank 0 writes."""
+    """Model and header into `out`. Every rank must call it: engines gather piece by piece, and rank 0 writes."""
     from bigvivit.model.weights import finish_tower, tower_checksum, write_piece
 
     rank, _ = rank_and_world()
     folder, checksum = source.folder, source.checksum
     if config.stage == 1:
         assert config.model.tubelet is not None
-        folder = config.out / TOWER
+        folder = out / TOWER
         for name, piece in pieces:
             state = engine.gather(piece)
             if rank == 0:
@@ -225,10 +303,10 @@ def keep(
             memory=config.memory,
             classes=classes,
             seed=config.seed,
-            tower_folder=None if folder is None else os.path.relpath(folder, config.out),
+            tower_folder=None if folder is None else os.path.relpath(folder, out),
             tower_checksum=checksum,
         )
-        write_checkpoint(config.out, header, trainables)
+        write_checkpoint(out, header, trainables)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run train.py in one process, or in two ranks; one thread each, on the CPU."""
+def command(launcher: str, *arguments: object) -> list[str]:
+    """The words that start train.py: in one process, or in two ranks."""
     port = str(free_port())
     words = {
         "python": [sys.executable, "bigvivit/train.py"],
@@ -58,15 +58,25 @@ def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) 
             *("--dynamo_backend", "no", "--multi_gpu", "--main_process_port", port, "bigvivit/train.py"),
         ],
     }[launcher]
+    return [str(word) for word in (*words, *arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """One thread for each process, on the CPU."""
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **changes}
+
+
+def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run train.py to its end."""
     return subprocess.run(
-        [str(word) for word in (*words, *arguments)],
+        command(launcher, *arguments),
         check=False,
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{BIN}:{os.environ['PATH']}"}
-        | (env or {}),
+        env=environment(**(env or {})),
     )
 
 

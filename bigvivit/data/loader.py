@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,18 @@ class EpochSampler(DistributedSampler[Any]):
     Rank r of n takes every n-th of one shuffled order, so step k of any number of ranks sees the same clips.
     """
 
+    def __init__(self, dataset: TrainClips, batch_size: int, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.batch_size, self.first_batch = batch_size, 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Shuffle anew, and leave out the batches before the first: training goes on in the middle of an epoch."""
+        super().set_epoch(epoch)
+        self.first_batch = first_batch
+
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        order = itertools.islice(super().__iter__(), self.first_batch * self.batch_size, None)
+        return ((self.epoch, index) for index in order)
 
 
 class ShareOfRank(Sampler[int]):
@@ -140,7 +151,7 @@ def build_train_loader(
     What does not fill a batch is left out. Iterating raises DecodeError for a video that cannot be read.
     """
     dataset = TrainClips(clip, manifest.clips, seed)
-    sampler = EpochSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
+    sampler = EpochSampler(dataset, batch_size, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
     return build_loader(dataset, sampler, batch_size, workers, drop_last=True)
 
 
@@ -179,6 +190,7 @@ def build_loader(
         num_workers=workers,
         collate_fn=collate,
         drop_last=drop_last,
+        generator=torch.Generator(),  # of its own: the global one, which training draws from, must not move with epochs
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
         persistent_workers=workers > 0,

@@ -8,6 +8,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -39,6 +44,31 @@ class Engine(Protocol):
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         """Whole parameters of a part of the model, on the CPU of rank 0; nothing elsewhere. Every rank must call it."""
         ...
+
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's whole state as `<parameter>.<key>`, on the CPU of rank 0. Every rank must call it."""
+        ...
+
+    def load_optimizer(self, state: dict[str, Tensor]) -> None:
+        """Take over a state that `gather_optimizer` gave, on this or on another engine. Every rank must call it."""
+        ...
+
+
+def gather_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """See Engine.gather_optimizer; for parameters that are whole or DTensors."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
+    return {f"{name}.{key}": value for name, own in whole.get("state", {}).items() for key, value in own.items()}
+
+
+def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """See Engine.load_optimizer; for parameters that are whole or DTensors."""
+    options = StateDictOptions(full_state_dict=True)
+    whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
+    for entry, value in state.items():
+        name, _, key = entry.rpartition(".")
+        whole["state"].setdefault(name, {})[key] = value
+    set_optimizer_state_dict(module, optimizer, whole, options=options)
 
 
 class PlainEngine:
@@ -85,6 +115,12 @@ class PlainEngine:
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: p.detach().cpu() for name, p in module.named_parameters()}
 
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        return gather_optimizer_state(self.module, self.optimizer)
+
+    def load_optimizer(self, state: dict[str, Tensor]) -> None:
+        load_optimizer_state(self.module, self.optimizer, state)
+
 
 class DdpEngine(PlainEngine):
     """DistributedDataParallel: the whole model on every rank."""
@@ -102,3 +138,6 @@ class DdpEngine(PlainEngine):
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         return super().gather(module) if dist.get_rank() == 0 else {}
+
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        return super().gather_optimizer() if dist.get_rank() == 0 else {}

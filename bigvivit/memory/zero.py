@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from bigvivit.memory.engine import gather_optimizer_state, load_optimizer_state
 from bigvivit.memory.stream import StreamedLayer
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class ZeroEngine:
     ) -> None:
         self.stage = zero_stage(ds)
         self.name = f"zero{self.stage}"
-        self.module, self.scheduler = module, scheduler
+        self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         streamed = any(isinstance(part, StreamedLayer) for part in module.modules())
         if self.stage == 3 and streamed:
             # Gathered whole before its forward and let go after it, however many operations happen in between.
@@ -100,6 +101,54 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return gather_optimizer_state(self.module, self.optimizer) if dist.get_rank() == 0 else {}
+        whole = {}
+        for name, parameter in self.trained():
+            for key in self.state_keys():
+                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                whole[f"{name}.{key}"] = value.detach().cpu().clone()
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                whole[f"{name}.step"] = self.optimizer.state[self.flat_parameters()[0]]["step"].cpu().clone()
+        return whole if dist.get_rank() == 0 else {}
+
+    def load_optimizer(self, state: dict[str, Tensor]) -> None:
+        if self.stage == 0:
+            load_optimizer_state(self.module, self.optimizer, state)
+            return
+        # Torch's optimizers make their state in the first step; DeepSpeed's setters need it to be there.
+        for flat in self.flat_parameters():
+            self.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in self.state_keys()}
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                self.optimizer.state[flat]["step"] = next(v for k, v in state.items() if k.endswith(".step")).clone()
+        if self.stage < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.trained():
+            for key in self.state_keys():
+                value = state[f"{name}.{key}"].to(self.device)
+                if self.stage == 3:
+                    # Not safe_set_full_…: it reads past the end where the elements do not divide over the ranks.
+                    size = parameter.partition_numel()
+                    padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+                    own = padded.narrow(0, size * dist.get_rank(), size)
+                    deepspeed.utils.safe_set_local_optimizer_state(parameter, own, key)
+                else:
+                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    def trained(self) -> list[tuple[str, Any]]:
+        """What the optimizer holds, by name."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the optimizer's tensors that have a parameter's shape."""
+        return ("exp_avg", "exp_avg_sq") if isinstance(self.optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+
+    def flat_parameters(self) -> list[Tensor]:
+        """This rank's share of what is trained, in the form in which the torch optimizer sees it."""
+        inner = self.engine.optimizer
+        return list(inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups)
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         named = dict(module.named_parameters())

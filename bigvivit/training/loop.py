@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class ClipLoader(Protocol):
     """This rank's micro-batches of one epoch: a DataLoader."""
 
     sampler: Any
-    """Has `set_epoch`, as DistributedSampler does."""
+    """Has `set_epoch(epoch, first_batch)`."""
 
     def __len__(self) -> int: ...
 
@@ -44,16 +45,40 @@ class LoopResult:
     """Mean over ranks and over the steps since the last report but one."""
 
 
+class NonFiniteError(Exception):
+    """A loss or gradient that is no number any more; says at which step and for which clips of the manifest."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, indices: list[int]) -> None:
+        self.indices = indices
+        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+
+
 def train(
-    engine: Engine, loader: ClipLoader, optim: OptimConfig, *, steps: int, log_every: int, metrics: MetricsLog | None
+    engine: Engine,
+    loader: ClipLoader,
+    optim: OptimConfig,
+    *,
+    steps: int,
+    log_every: int,
+    metrics: MetricsLog | None,
+    first_step: int = 0,
+    save_every: int = 0,
+    save: Callable[[int], None] | None = None,
 ) -> LoopResult:
-    """Run `steps` optimizer steps. Every rank calls it; `metrics` is rank 0's."""
+    """Run up to `steps` optimizer steps, `first_step` of which are done. Every rank calls it; `metrics` is rank 0's.
+
+    `save(step)` is called on every rank after each `save_every` steps but the last. Raises NonFiniteError.
+    """
     engine.module.train()
     losses, seconds, loss = [], [], float("nan")
     before = time.perf_counter()
-    for step, (epoch, batches) in enumerate(itertools.islice(micro_batches(loader, optim.accumulate), steps), start=1):
+    stream = itertools.islice(micro_batches(loader, optim.accumulate, first_step), steps - first_step)
+    for step, (epoch, batches) in enumerate(stream, start=first_step + 1):
         lr = engine.scheduler.get_last_lr()[0]  # before the step, which sets the next one
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
+        if not math.isfinite(result.grad_norm):  # of all ranks, and a number already: no extra wait for the device
+            indices = [int(index) for batch in batches for index in batch.indices]
+            raise NonFiniteError(step, float(result.loss), result.grad_norm, indices)
         losses.append(result.loss)
         now = time.perf_counter()
         seconds.append(now - before)
@@ -76,16 +101,24 @@ def train(
                     "seconds_left": recent * (steps - step),
                 }
                 metrics.report(record)
+        if save is not None and save_every and step % save_every == 0 and step < steps:
+            save(step)
+            before = time.perf_counter()  # saving is not part of a step's time
     return LoopResult(steps, statistics.median(seconds[WARMUP_STEPS:] or seconds), loss)
 
 
-def micro_batches(loader: ClipLoader, accumulate: int) -> Iterator[tuple[int, list[LabelledClips]]]:
+def micro_batches(
+    loader: ClipLoader, accumulate: int, first_step: int = 0
+) -> Iterator[tuple[int, list[LabelledClips]]]:
     """(epoch, micro-batches of one step), without end; what does not fill a step at an epoch's end is dropped."""
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
+    steps_per_epoch = len(loader) // accumulate
+    skipped = first_step % steps_per_epoch
+    for epoch in itertools.count(first_step // steps_per_epoch):
+        loader.sampler.set_epoch(epoch, first_batch=skipped * accumulate)
         batches = iter(loader)
-        for _ in range(len(loader) // accumulate):
+        for _ in range(steps_per_epoch - skipped):
             yield epoch, [next(batches) for _ in range(accumulate)]
+        skipped = 0
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:

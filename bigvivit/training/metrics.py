@@ -16,8 +16,10 @@ from bigvivit.units import format_bytes
 class MetricsLog:
     """Rank 0's record of training: every reported step as JSON, a moving line on a terminal, plain lines elsewhere."""
 
-    def __init__(self, path: Path, total_steps: int, label: str) -> None:
+    def __init__(self, path: Path, total_steps: int, label: str, first_step: int = 0) -> None:
+        lines = path.read_text().splitlines(keepends=True) if first_step else []
         self.file = path.open("w")
+        self.file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)  # the rest is redone
         self.total_steps = total_steps
         self.progress: Progress | None = None
         if sys.stdout.isatty():

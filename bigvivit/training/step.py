@@ -20,6 +20,8 @@ class LabelledClips(Protocol):
     """uint8 [b, frames, 3, height, width]."""
     labels: Tensor
     """int64 [b]."""
+    indices: Tensor
+    """int64 [b], positions in the manifest."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def batches(count: int, size: int) -> list[SimpleNamespace]:
         SimpleNamespace(
             clips=torch.randint(256, (size, 2, 3, 4, 4), dtype=torch.uint8, generator=generator),
             labels=torch.randint(3, (size,), generator=generator),
+            indices=torch.arange(size),
         )
         for _ in range(count)
     ]

@@ -22,7 +22,7 @@ class Loader:
     def __init__(self) -> None:
         self.data = batches(7, 4)
         self.epochs: list[int] = []
-        self.sampler = SimpleNamespace(set_epoch=self.epochs.append)
+        self.sampler = SimpleNamespace(set_epoch=lambda epoch, first_batch: self.epochs.append(epoch))
 
     def __len__(self) -> int:
         return len(self.data)

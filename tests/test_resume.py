@@ -1,0 +1,128 @@
+"""A run that is killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bigvivit.training.progress import list_checkpoints
+from tests.launching import LOSS_TOLERANCE, STAGE1, STAGE2, Runs, command, environment, read_losses, start, train
+
+SAVING = ["--save-every", 2, "--keep", 2]
+
+
+def kill_after(step: int, launcher: str, out: Path, *arguments: object) -> None:
+    """Start a training and kill all of it with SIGKILL once the checkpoint of this step is there."""
+    process = subprocess.Popen(
+        command(launcher, "--out", out, *arguments),
+        cwd=Path(__file__).parents[1],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any(int(folder.name.removeprefix("step-")) >= step for folder in list_checkpoints(out)):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:  # torchrun gives its ranks sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family)
+
+
+def kill_and_copy(runs: Runs, demo: Path, out: Path, stage: int, *more: object) -> list[object]:
+    """A killed run of this stage in `out`; the arguments it was started with."""
+    settings = STAGE1 if stage == 1 else [*STAGE2, "--init-from", runs["plain1"]]
+    arguments = [*settings, "--data.train", demo / "train.csv", *SAVING, *more]
+    kill_after(4, "python", out, *arguments)
+    return arguments
+
+
+DROP = ("--model.droplayer", 0.3)  # so that random states matter
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_plain_engine_goes_on_bit_for_bit(stage: int, runs: Runs, demo: Path, tmp_path: Path) -> None:
+    arguments = kill_and_copy(runs, demo, tmp_path / "killed", stage, *DROP)
+    train("python", tmp_path / "whole", *arguments)
+    printed = train("python", tmp_path / "killed", *arguments, "--resume")
+    assert "going on from" in printed
+    assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
+    ours, expected = (load_file(tmp_path / name / "trainables.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "launcher", "options"),
+    [
+        ("sgd", "torchrun", []),
+        ("adamw", "torchrun", ["--fsdp"]),
+        ("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"]),
+        ("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"]),
+        pytest.param("sgd", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
+        pytest.param("sgd", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
+        pytest.param("sgd", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
+    ],
+)
+def test_another_engine_goes_on_and_back(
+    launcher: str, options: list, optimizer: str, runs: Runs, demo: Path, tmp_path: Path
+) -> None:
+    """Plain to two ranks of another engine, killed there too, and back to plain: the losses of one plain run."""
+    more = ["--optim.name", optimizer, "--optim.lr", 0.02 if optimizer == "sgd" else 3e-4]
+    arguments = kill_and_copy(runs, demo, tmp_path / "killed", 1, *more)
+    there = list_checkpoints(tmp_path / "killed")[0]
+    train("python", tmp_path / "whole", *arguments)
+    kill_after(int(there.name[-2:]) + 2, launcher, tmp_path / "killed", *options, *arguments, "--resume")
+    train("python", tmp_path / "killed", *arguments, "--resume")
+    losses, expected = read_losses(tmp_path / "killed"), read_losses(tmp_path / "whole")
+    assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert len(losses) == 8
+
+
+def test_what_cannot_be_gone_on_from_is_refused(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    arguments = kill_and_copy(runs, demo, out, 1)
+    newest, before = list_checkpoints(out)
+
+    def refusal(*more: object) -> str:
+        done = start("python", "--out", out, *arguments, *more)
+        assert done.returncode == 2, done.stdout
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert f"holds a run that stopped at {newest.name}: add --resume" in refusal()
+    assert "optim.lr=0.5, but the run has 0.02" in refusal("--resume", "--optim.lr", 0.5)
+
+    other = tmp_path / "other.csv"
+    clips = (demo / "train.csv").read_text().replace("clips/", f"{demo}/clips/").splitlines()
+    other.write_text("\n".join(clips[:-1]) + "\n")
+    assert "is not the manifest that" in refusal("--resume", "--data.train", other)
+
+    for name in ("optimizer", "random", "trainables", "tower/pool"):
+        file = newest / f"{name}.safetensors"
+        blob = file.read_bytes()
+        file.write_bytes(blob[: len(blob) // 2])
+        assert str(newest) in refusal("--resume")
+        file.write_bytes(blob)
+    blob = (newest / "optimizer.safetensors").read_bytes()
+    (newest / "optimizer.safetensors").write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    assert f"delete {newest} to go on from {before.name}" in refusal("--resume")
+
+
+def test_a_loss_that_is_no_number_stops_with_its_clips(demo: Path, tmp_path: Path) -> None:
+    done = start("python", "--out", tmp_path / "run", *STAGE1, "--data.train", demo / "train.csv", "--optim.lr", 1e30)
+    assert done.returncode == 2
+    assert "no finite number any more" in done.stderr
+    assert done.stderr.count(".mp4") == 8
+    assert not (tmp_path / "run" / "checkpoint.json").exists()
