@@ -17,7 +17,8 @@ import tyro
 
 from bigvivit.data.decode import open_video
 from bigvivit.data.manifest import read_manifest
-from bigvivit.training.report import read_json, write_report
+from bigvivit.training.report import format_cell, read_json, write_report
+from bigvivit.units import format_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,25 @@ def collect(run: Path) -> dict[str, Any]:
         "top1_frames_shuffled": shuffled["top1"],
         "evidence": "measured",
     }
+
+
+def readme_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of a report as the README shows them: a column per stage. A test holds the README to it."""
+    lines = [["", *(f"stage {row['stage']}" for row in rows)], ["---"] * (len(rows) + 1)]
+    for heading, key in (
+        ("frames per clip", "frames"),
+        ("trainable parameters", "trainable_parameters"),
+        ("frozen parameters", "frozen_parameters"),
+        ("seconds per step", "seconds_per_step"),
+        ("peak memory of a rank", "peak_bytes"),
+        ("measured by", "peak_measured_by"),
+        ("top-1", "top1"),
+        ("top-5", "top5"),
+        ("top-1, frames shuffled", "top1_frames_shuffled"),
+    ):
+        cells = [format_count(row[key]) if key.endswith("parameters") else format_cell(key, row[key]) for row in rows]
+        lines.append([heading, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(runs: tuple[Path, ...], path: Path) -> None:
