@@ -20,7 +20,7 @@ SIZES = {
 @given(**SIZES, seed=st.integers(0, 1000))
 def test_a_random_clip_lies_in_the_video(num_frames: int, frames: int, stride: int, seed: int) -> None:
     clip = random_clip(num_frames, frames, stride, torch.Generator().manual_seed(seed))
-    check(clip, num_frames, frames, stride)
+    assert_in_order(clip, num_frames, frames, stride)
 
 
 @given(**SIZES, views=st.integers(1, 10))
@@ -28,7 +28,7 @@ def test_uniform_clips_lie_in_the_video(num_frames: int, frames: int, stride: in
     clips = uniform_clips(num_frames, frames, stride, views)
     assert len(clips) == views
     for clip in clips:
-        check(clip, num_frames, frames, stride)
+        assert_in_order(clip, num_frames, frames, stride)
     if views > 1:  # from the first frame to the last, whole steps apart by one at most
         assert (clips[0][0], clips[-1][-1]) == (0, num_frames - 1)
         gaps = [after[0] - before[0] for before, after in itertools.pairwise(clips)]
@@ -36,7 +36,7 @@ def test_uniform_clips_lie_in_the_video(num_frames: int, frames: int, stride: in
         assert max(gaps) - min(gaps) <= 1
 
 
-def check(clip: list[int], num_frames: int, frames: int, stride: int) -> None:
+def assert_in_order(clip: list[int], num_frames: int, frames: int, stride: int) -> None:
     assert len(clip) == frames
     assert clip[0] >= 0
     assert clip[-1] < num_frames
