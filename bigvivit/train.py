@@ -147,6 +147,10 @@ def run_stage(
     pieces = cast(Tower, model.tower).pieces()  # under a checkpoint's names, before anything wraps them
     if run is not None and header is not None:
         for skipped in assemble.load_trained(model, run, header):
+            if resumed is not None:  # a stage starts with some weights of its own; a stopped run has them all
+                raise ConfigError(
+                    f"checkpoint {run} lacks {skipped.name} ({skipped.reason}): delete it to use an older one"
+                )
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
     sharder: Sharder | None = None
     if ds is not None:

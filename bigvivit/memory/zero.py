@@ -108,11 +108,12 @@ class ZeroEngine:
         whole = {}
         for name, parameter in self.trained():
             for key in self.state_keys():
-                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-                whole[f"{name}.{key}"] = value.detach().cpu().clone()
-            if isinstance(self.optimizer, torch.optim.AdamW):
+                value = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)  # every rank takes part
+                if dist.get_rank() == 0:
+                    whole[f"{name}.{key}"] = value.detach().cpu().clone()
+            if isinstance(self.optimizer, torch.optim.AdamW) and dist.get_rank() == 0:
                 whole[f"{name}.step"] = self.optimizer.state[self.flat_parameters()[0]]["step"].cpu().clone()
-        return whole if dist.get_rank() == 0 else {}
+        return whole
 
     def load_optimizer(self, state: dict[str, Tensor]) -> None:
         if self.stage == 0:
