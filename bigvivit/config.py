@@ -5,6 +5,7 @@ Imports no torch: a wrong setting is refused before anything slow starts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -74,7 +75,7 @@ class ClipConfig:
                 f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "
                 f"give --clip.resize {self.size} or more"
             )
-        if not 0 < self.min_scale <= self.max_scale:
+        if not 0 < self.min_scale <= self.max_scale < math.inf:
             raise ConfigError(
                 f"clip.min_scale={self.min_scale}, clip.max_scale={self.max_scale}: need 0 < min_scale <= max_scale"
             )
@@ -86,6 +87,9 @@ class DataConfig:
 
     train: Path
     """Manifest of the training clips, CSV or JSONL: path, label, and optionally start and end in seconds."""
+    val: Path | None = None
+    """Manifest to validate on at every checkpoint and at the end: one centre view of each clip. The best checkpoint is
+    then kept beside the last ones."""
     workers: int = 2
     """Processes per rank that decode videos; 0 decodes in the training process."""
 
@@ -98,8 +102,8 @@ class DataConfig:
 class OptimConfig:
     """Optimisation. The defaults are the paper's for Kinetics (Table 7)."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """sgd has momentum 0.9."""
+    name: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    """sgd has momentum 0.9; the 8-bit ones are those of bitsandbytes, which keep a quarter of the state."""
     lr: float = 0.1
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -119,14 +123,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number above 0")
         for name in ("batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 1")
         for name in ("weight_decay", "warmup_epochs", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number from 0")
         if self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs={self.warmup_epochs} leaves nothing of optim.epochs={self.epochs}: "
@@ -134,6 +138,11 @@ class OptimConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"optim.label_smoothing={self.label_smoothing} must be from 0 to below 1")
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether the optimizer's state is quantised, in blocks that know nothing of parameters' shapes."""
+        return self.name.endswith("8bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +183,11 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
+        if self.fsdp and self.optim.eight_bit:
+            raise ConfigError(
+                f"optim.name={self.optim.name} under fsdp: bitsandbytes cannot update FSDP2's sharded parameters; "
+                f"take --optim.name {self.optim.name.removesuffix('8bit')}, or --ds ds_configs/zero3.json"
+            )
         if self.stage == 2 and self.init_from is None:
             raise ConfigError("stage=2 needs init_from: give --init-from the run folder of a finished stage 1")
         if self.stage == 1 and self.init_from is not None:

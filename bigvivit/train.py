@@ -5,76 +5,91 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
 from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
 from bigvivit.data.manifest import Manifest, read_manifest
-from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
-from bigvivit.memory.ranks import rank_and_world, start_process_group
-from bigvivit.training.checkpoint import HEADER, TOWER, Header, read_header, write_checkpoint
-from bigvivit.training.progress import (
-    CHECKPOINTS,
-    OPTIMIZER,
-    RANDOM,
-    Progress,
-    begin_checkpoint,
-    commit_checkpoint,
-    list_checkpoints,
-    read_progress,
-    read_tensors,
-    write_progress,
-)
+from bigvivit.memory.ds_json import micro_batch_size, read_ds_json, zero_stage
+from bigvivit.memory.ranks import is_first_of_node, rank_and_world, start_process_group
+from bigvivit.training.checkpoint import HEADER, Header, read_header
+from bigvivit.training.progress import OPTIMIZER, RANDOM, Progress, list_checkpoints, read_progress, read_tensors
 from bigvivit.training.report import describe_run
+from bigvivit.training.stop import STOPPED, StopSignal
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
 
-    from bigvivit.assemble import TowerSource
-    from bigvivit.memory.engine import Engine
-    from bigvivit.memory.load import Sharder
+    from bigvivit.memory.ranks import Board
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says; a wrong setting ends it with one message and exit code 2."""
+    """Train as the command line says.
+
+    Exit codes: 2 for a setting that cannot be, with one message; 75 for a run that was asked to stop; 1 for all else.
+    """
     argv = sys.argv[1:] if argv is None else argv
     # Launchers tell the rank on the device both ways; the environment is the one that all of them set.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
     try:
         train(tyro.cli(TrainConfig, args=argv, prog="bigvivit train"))
     except ConfigError as error:
-        if rank_and_world()[0] == 0:
+        if is_first_of_node():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped before there was anything to save", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 def train(config: TrainConfig) -> None:
     """One stage from its configuration to its checkpoint in `config.out`."""
-    rank, world = rank_and_world()
+    with StopSignal() as stop:
+        run_stage(prepare(config), stop)
 
-    # What can be wrong is found here, before torch is imported.
-    if (config.out / HEADER).exists():
-        raise ConfigError(f"out={config.out} holds a finished run: give another folder, or delete that one")
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration that has been checked as far as that goes without torch, and what was read for it."""
+
+    config: TrainConfig
+    rank: int
+    world: int
+    manifest: Manifest
+    val: Manifest | None
+    ds: dict[str, Any] | None
+    micro_batch: int
+    init: tuple[Path, Header] | None
+    """Where the weights come from, if not from where they were published: a checkpoint, or the stage before."""
+    progress: Progress | None
+    """Of the checkpoint to go on from."""
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Find what can be wrong before torch is imported. Raises ConfigError."""
+    rank, world = rank_and_world()
+    check_out(config.out)
     checkpoints = list_checkpoints(config.out)
     if checkpoints and not config.resume:
         raise ConfigError(
             f"out={config.out} holds a run that stopped at {checkpoints[0].name}: add --resume, or give another folder"
         )
-    before = None
+    init: tuple[Path, Header] | None = None
     if config.init_from is not None:
         before = read_header(config.init_from)
         if before.stage != 1:
             raise ConfigError(
                 f"init_from={config.init_from} is a run of stage {before.stage}: stage 2 starts from stage 1"
             )
+        init = config.init_from, before
         config = replace(config, model=resolve_model(config.model, inherited=before.model))
     check_frames(config.clip.frames, config.model.tubelet)
-    manifest = read_manifest(config.data.train, before.classes if before else None)
+    manifest = read_manifest(config.data.train, init[1].classes if init else None)
+    val = read_manifest(config.data.val, manifest.classes) if config.data.val else None
     micro_batch = micro_batch_size(config.optim, world)
     ds = read_ds_json(config.ds, config.optim, world) if config.ds else None
     if len(manifest.clips) // world // micro_batch // config.optim.accumulate == 0:
@@ -82,96 +97,109 @@ def train(config: TrainConfig) -> None:
             f"optim.batch_size={config.optim.batch_size} is more than the {len(manifest.clips)} clips of "
             f"{config.data.train}: give a smaller one"
         )
-
-    resumed = None
+    if val is not None and len(val.clips) < world:
+        raise ConfigError(
+            f"data.val={config.data.val} holds {len(val.clips)} clips for {world} ranks: give each at least one"
+        )
+    progress = None
     if checkpoints:
-        resumed = Resumed(checkpoints[0], read_header(checkpoints[0]), read_progress(checkpoints[0], config))
-
-    run_stage(config, manifest, before, resumed, ds, rank=rank, world=world, micro_batch=micro_batch)
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that training goes on from."""
-
-    folder: Path
-    header: Header
-    progress: Progress
+        init = checkpoints[0], read_header(checkpoints[0])
+        progress = read_progress(checkpoints[0], config, world=world, zero_stage=zero_stage(ds))
+    return Job(config, rank, world, manifest, val, ds, micro_batch, init, progress)
 
 
-def run_stage(
-    config: TrainConfig,
-    manifest: Manifest,
-    before: Header | None,
-    resumed: Resumed | None,
-    ds: dict | None,
-    *,
-    rank: int,
-    world: int,
-    micro_batch: int,
-) -> None:
-    """Build, apply the plan, train, keep."""
+def check_out(out: Path) -> None:
+    """Raise where a run cannot be written."""
+    if (out / HEADER).exists():
+        raise ConfigError(f"out={out} holds a finished run: give another folder, or delete that one")
+    existing = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ConfigError(f"out={out}: {existing} is not a folder; give another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"out={out}: no permission to write in {existing}; give another folder")
+
+
+def run_stage(job: Job, stop: StopSignal) -> None:
+    """Start the ranks and train; whatever goes wrong on one of them is told once and ends all of them."""
+    import torch.distributed as dist
+
+    from bigvivit import assemble
+    from bigvivit.training.failure import tell_failure
+
+    logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    device = assemble.choose_device(job.config.device)
+    board = start_process_group(device, job.world, deepspeed=job.ds is not None, fsdp=job.config.fsdp)
+    try:
+        finished = build_and_train(job, device, board, stop)
+    except (Exception, KeyboardInterrupt) as error:
+        if job.world == 1:
+            raise
+        code = tell_failure(error, board, job.rank)
+        sys.stdout.flush()
+        # Not sys.exit: taking down a process group whose members are gone can wait for them.
+        os._exit(code)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if not finished:
+        sys.exit(STOPPED)
+
+
+def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSignal) -> bool:
+    """Build, apply the plan, train, keep. Returns whether the stage came to its end; asked to stop, it does not."""
     import torch
 
     from bigvivit import assemble
-    from bigvivit.data.loader import build_train_loader
+    from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
-    from bigvivit.memory.engine import DdpEngine, PlainEngine
     from bigvivit.memory.freeze import count_parameters, describe_frozen
     from bigvivit.memory.measure import measure_peak_over_ranks
+    from bigvivit.memory.parallel import build_engine, build_sharder
     from bigvivit.model.towers import Tower
+    from bigvivit.saving import Saver
     from bigvivit.training import loop
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
-    from bigvivit.training.state import gather_random, restore_random, restore_scheduler, scheduler_state
+    from bigvivit.training.state import restore_random, restore_scheduler
 
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config, rank, world = job.config, job.rank, job.world
     log = logging.getLogger("bigvivit")
     torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
 
-    device = assemble.choose_device(config.device)
-    # Weights come from the checkpoint to go on from, else from the stage before, else from where they were published.
-    run, header = (resumed.folder, resumed.header) if resumed else (config.init_from, before)
+    run, header = job.init or (None, None)
     source = assemble.open_tower(
         config.model,
         seed=config.seed,
         folder=assemble.tower_folder(run, header) if run and header else None,
         checksum=header.tower_checksum if header else None,
     )
-    start_process_group(device, world, deepspeed=ds is not None, fsdp=config.fsdp)
-
     model = assemble.build_model(
-        source, config.model, config.clip, classes=len(manifest.classes), adapter=config.stage == 2, seed=config.seed
+        source,
+        config.model,
+        config.clip,
+        classes=len(job.manifest.classes),
+        adapter=config.stage == 2,
+        seed=config.seed,
     )
     pieces = cast(Tower, model.tower).pieces()  # under a checkpoint's names, before anything wraps them
     if run is not None and header is not None:
         for skipped in assemble.load_trained(model, run, header):
-            if resumed is not None:  # a stage starts with some weights of its own; a stopped run has them all
+            if job.progress is not None:  # a stage starts with some weights of its own; a stopped run has them all
                 raise ConfigError(
                     f"checkpoint {run} lacks {skipped.name} ({skipped.reason}): delete it to use an older one"
                 )
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
-    sharder: Sharder | None = None
-    if ds is not None:
-        from bigvivit.memory.zero import ZeroEngine, ZeroSharder, zero_stage
-
-        sharder = ZeroSharder(ds) if zero_stage(ds) == 3 else None
-    elif config.fsdp:
-        from bigvivit.memory.fsdp import FsdpEngine, FsdpSharder
-
-        sharder = FsdpSharder(device)
+    sharder = build_sharder(job.ds, fsdp=config.fsdp, device=device)
     apply_plan(model, config.memory, frozen=config.stage == 2, fill=source.fill, device=device, sharder=sharder)
 
-    loader = build_train_loader(
-        config.clip,
-        manifest,
-        batch_size=micro_batch,
-        workers=config.data.workers,
-        rank=rank,
-        world=world,
-        seed=config.seed,
-    )
+    ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
+    loader = build_train_loader(config.clip, job.manifest, batch_size=job.micro_batch, **ranks)
+    val_loader = None
+    if job.val is not None:
+        val_loader = build_eval_loader(
+            config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, shuffle_frames=False, **ranks
+        )
     steps_per_epoch = len(loader) // config.optim.accumulate
     steps = total_steps(config.optim, steps_per_epoch)
     optimizer = build_optimizer(model, config.optim)
@@ -179,18 +207,13 @@ def run_stage(
     if config.stage == 2:
         log.info(describe_frozen("tower", model.tower, optimizer))
     trainable, frozen = count_parameters(model)
-    engine: Engine
-    if ds is not None:
-        engine = ZeroEngine(model, optimizer, scheduler, ds=ds)
-    else:
-        kind = FsdpEngine if config.fsdp else DdpEngine if world > 1 else PlainEngine
-        accumulate, clip_norm = config.optim.accumulate, config.optim.clip_norm
-        engine = kind(model, optimizer, scheduler, device=device, accumulate=accumulate, clip_norm=clip_norm)
-
+    engine = build_engine(
+        model, optimizer, scheduler, config.optim, ds=job.ds, fsdp=config.fsdp, world=world, device=device
+    )
     log.info(
         "stage %d: %d clips, %d frames each, %d steps of %d, engine %s on %d %s rank(s)",
         config.stage,
-        len(manifest.clips),
+        len(job.manifest.clips),
         config.clip.frames,
         steps,
         config.optim.batch_size,
@@ -199,12 +222,13 @@ def run_stage(
         device.type,
     )
     first_step = 0
-    if resumed is not None:
-        first_step = resumed.progress.step
-        engine.load_optimizer(read_tensors(resumed.folder, OPTIMIZER))
-        restore_scheduler(scheduler, resumed.progress.scheduler)
-        restore_random(read_tensors(resumed.folder, RANDOM), seed=config.seed + first_step, rank=rank, world=world)
-        log.info("going on from %s", resumed.folder)
+    if job.progress is not None:
+        assert run is not None
+        first_step = job.progress.step
+        engine.load_optimizer(read_tensors(run, OPTIMIZER))
+        restore_scheduler(scheduler, job.progress.scheduler)
+        restore_random(read_tensors(run, RANDOM), seed=config.seed + first_step, rank=rank, world=world)
+        log.info("going on from %s", run)
     metrics = None
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -212,22 +236,8 @@ def run_stage(
         (config.out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
         metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}", first_step)
 
-    def save(step: int) -> None:
-        folder = begin_checkpoint(config.out, step) if rank == 0 else config.out
-        keep(config, engine, source, pieces, manifest.classes, folder)
-        optimizer_state, random = engine.gather_optimizer(), gather_random(rank, world)
-        if rank == 0:
-            write_progress(
-                folder,
-                step=step,
-                config=config,
-                world=world,
-                scheduler=scheduler_state(scheduler),
-                optimizer=optimizer_state,
-                random=random,
-            )
-            commit_checkpoint(folder, config.keep)
-
+    saver = Saver(config, engine, source, pieces, job.manifest.classes, zero_stage=zero_stage(job.ds))
+    stop.serve(board, world)
     try:
         result = loop.train(
             engine,
@@ -238,21 +248,14 @@ def run_stage(
             metrics=metrics,
             first_step=first_step,
             save_every=config.save_every,
-            save=save,
+            save=saver.checkpoint,
+            stop=stop.after,
+            val_loader=val_loader,
         )
-    except loop.NonFiniteError as error:
-        clips = ", ".join(str(manifest.clips[index].path) for index in error.indices)
-        raise ConfigError(
-            f"{error}: no finite number any more. Clips on rank {rank}: {clips}. "
-            f"Try a lower --optim.lr, or look at these clips"
-        ) from None
-    finally:
-        if metrics is not None:
-            metrics.close()
-
-    peak = measure_peak_over_ranks(device)
-    keep(config, engine, source, pieces, manifest.classes, config.out)
-    if rank == 0:
+        if result.steps < steps:
+            log.info("stopped after step %d of %d, as asked: --resume goes on", result.steps, steps)
+            return False
+        peak = measure_peak_over_ranks(device)
         summary = {
             "stage": config.stage,
             "frames": config.clip.frames,
@@ -264,53 +267,19 @@ def run_stage(
             "peak_measured_by": peak.how,
             "loss": result.loss,
         }
-        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)  # the finished stage takes their place
-        log.info("kept %s", config.out)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        saver.finish(summary, result.val_top1)
+    except loop.NonFiniteError as error:
+        clips = ", ".join(str(job.manifest.clips[index].path) for index in error.indices)
+        raise ConfigError(
+            f"{error}: no finite number any more. Clips on rank {rank}: {clips}. "
+            f"Try a lower --optim.lr, or look at these clips"
+        ) from None
+    finally:
+        if metrics is not None:
+            metrics.close()
 
-
-def keep(
-    config: TrainConfig,
-    engine: Engine,
-    source: TowerSource,
-    pieces: list[tuple[str, nn.Module]],
-    classes: tuple[str, ...],
-    out: Path,
-) -> None:
-    """Model and header into `out`. Every rank must call it: engines gather piece by piece, and rank 0 writes."""
-    from bigvivit.model.weights import finish_tower, tower_checksum, write_piece
-
-    rank, _ = rank_and_world()
-    folder, checksum = source.folder, source.checksum
-    if config.stage == 1:
-        assert config.model.tubelet is not None
-        folder = out / TOWER
-        for name, piece in pieces:
-            state = engine.gather(piece)
-            if rank == 0:
-                write_piece(folder, source.spec, name, state)
-        if rank == 0:
-            finish_tower(folder, source.spec, config.model.tubelet)
-            checksum = tower_checksum(folder)
-    trainables: dict[str, Tensor] = {}
-    for name, part in engine.module.named_children():
-        if name != "tower":
-            trainables.update({f"{name}.{key}": value for key, value in engine.gather(part).items()})
-    if rank == 0:
-        header = Header(
-            stage=config.stage,
-            model=config.model,
-            clip=config.clip,
-            memory=config.memory,
-            classes=classes,
-            seed=config.seed,
-            tower_folder=None if folder is None else os.path.relpath(folder, out),
-            tower_checksum=checksum,
-        )
-        write_checkpoint(out, header, trainables)
+    log.info("kept %s", config.out)
+    return True
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     data = ["--data.train", demo / "train.csv"]
     after = ["--init-from", folder / "plain1"]
     printed = {
-        "plain1": train("python", folder / "plain1", *STAGE1, *data),
+        "plain1": train("python", folder / "plain1", *STAGE1, *data, "--data.workers", 2),
         "zero1": train("deepspeed", folder / "zero1", *ZERO3, *STAGE1, *data),
         "plain2": train("bigvivit", folder / "plain2", *STAGE2, *data, *after),
-        "zero2": train("deepspeed", folder / "zero2", *ZERO3, *STAGE2, *data, *after),
+        "zero2": train("deepspeed", folder / "zero2", *ZERO3, *STAGE2, *data, *after, "--data.workers", 1),
     }
     return Runs(folder, printed)

@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 # Losses are logged in fp32; gradients are summed in another order, and eight steps of SGD amplify that.
 LOSS_TOLERANCE = 2e-4
 COMMON = [
-    *("--data.workers", 1, "--optim.batch-size", 8, "--optim.accumulate", 2, "--optim.epochs", 2),
+    *("--data.workers", 0, "--optim.batch-size", 8, "--optim.accumulate", 2, "--optim.epochs", 2),
     *("--optim.warmup-epochs", 0.5, "--optim.lr", 0.02, "--log-every", 1, "--clip.no-flip"),
     *("--clip.size", 48, "--clip.resize", 52),
 ]
@@ -67,7 +67,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **changes}
 
 
-def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    launcher: str, *arguments: object, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run train.py to its end."""
     return subprocess.run(
         command(launcher, *arguments),
@@ -77,6 +79,7 @@ def start(launcher: str, *arguments: object, env: dict[str, str] | None = None) 
         text=True,
         timeout=300,
         env=environment(**(env or {})),
+        **options,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,12 @@ def build_eval_loader(
     return build_loader(dataset, ShareOfRank(len(dataset), rank, world), batch_size, workers, drop_last=False)
 
 
+def leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole process group: the training process decides, and ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, *, drop_last: bool
 ) -> DataLoader[Any]:
@@ -193,5 +200,6 @@ def build_loader(
         generator=torch.Generator(),  # of its own: the global one, which training draws from, must not move with epochs
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=leave_signals,
         persistent_workers=workers > 0,
     )

@@ -59,6 +59,11 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
     return {**ds, "zero_allow_untested_optimizer": True}
 
 
+def zero_stage(ds: dict[str, Any] | None) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for; 0 without one."""
+    return int((ds or {}).get("zero_optimization", {}).get("stage", 0))
+
+
 def micro_batch_size(optim: OptimConfig, world: int) -> int:
     """Clips per rank and forward pass. Raises ConfigError where the batch does not divide."""
     parts = world * optim.accumulate

@@ -56,6 +56,8 @@ class Engine(Protocol):
 
 def gather_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """See Engine.gather_optimizer; for parameters that are whole or DTensors."""
+    if is_eight_bit(optimizer):
+        return read_blocks(optimizer, dict(module.named_parameters()))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
     return {f"{name}.{key}": value for name, own in whole.get("state", {}).items() for key, value in own.items()}
@@ -63,12 +65,37 @@ def gather_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """See Engine.load_optimizer; for parameters that are whole or DTensors."""
+    if is_eight_bit(optimizer):
+        return load_blocks(optimizer, dict(module.named_parameters()), state)
     options = StateDictOptions(full_state_dict=True)
     whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
     for entry, value in state.items():
         name, _, key = entry.rpartition(".")
         whole["state"].setdefault(name, {})[key] = value
     set_optimizer_state_dict(module, optimizer, whole, options=options)
+
+
+def is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of bitsandbytes', whose state is codes, not values: what asks for values must not touch it."""
+    return type(optimizer).__module__.startswith("bitsandbytes.")
+
+
+def read_blocks(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The codes, block maxima and step counts as they are, on the CPU."""
+    return {
+        f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_blocks(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Take over what `read_blocks` gave under the same names."""
+    for entry, value in state.items():
+        name, _, key = entry.rpartition(".")
+        if name in named:
+            parameter = named[name]
+            optimizer.state[parameter][key] = int(value) if key == "step" else value.to(parameter.device)
 
 
 class PlainEngine:

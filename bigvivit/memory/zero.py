@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from bigvivit.memory.engine import gather_optimizer_state, load_optimizer_state
+from bigvivit.memory.ds_json import zero_stage
+from bigvivit.memory.engine import (
+    gather_optimizer_state,
+    is_eight_bit,
+    load_blocks,
+    load_optimizer_state,
+    read_blocks,
+)
 from bigvivit.memory.stream import StreamedLayer
 
 log = logging.getLogger(__name__)
@@ -47,11 +54,6 @@ def go_on_without_compiler() -> None:
         return None
 
     backend.build_shm_op = build_or_none  # type: ignore[attr-defined]
-
-
-def zero_stage(ds: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
 class ZeroSharder:
@@ -105,6 +107,14 @@ class ZeroEngine:
     def gather_optimizer(self) -> dict[str, Tensor]:
         if self.stage == 0:
             return gather_optimizer_state(self.module, self.optimizer) if dist.get_rank() == 0 else {}
+        if is_eight_bit(self.optimizer):
+            # Blocks run over the borders of parameters and end at those of ranks: each rank's are kept as they are.
+            own = read_blocks(self.optimizer, self.flat_by_name())
+            everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(own, everyone)
+            return {entry: value for part in everyone or [] for entry, value in part.items()}
+        if self.stage < 3:
+            self.link_states()
         whole = {}
         for name, parameter in self.trained():
             for key in self.state_keys():
@@ -119,13 +129,16 @@ class ZeroEngine:
         if self.stage == 0:
             load_optimizer_state(self.module, self.optimizer, state)
             return
+        if is_eight_bit(self.optimizer):
+            load_blocks(self.optimizer, self.flat_by_name(), state)
+            return
         # Torch's optimizers make their state in the first step; DeepSpeed's setters need it to be there.
         for flat in self.flat_parameters():
             self.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in self.state_keys()}
             if isinstance(self.optimizer, torch.optim.AdamW):
                 self.optimizer.state[flat]["step"] = next(v for k, v in state.items() if k.endswith(".step")).clone()
         if self.stage < 3:
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self.link_states()
         for name, parameter in self.trained():
             for key in self.state_keys():
                 value = state[f"{name}.{key}"].to(self.device)
@@ -137,6 +150,12 @@ class ZeroEngine:
                     deepspeed.utils.safe_set_local_optimizer_state(parameter, own, key)
                 else:
                     deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    def link_states(self) -> None:
+        """Have DeepSpeed's getters and setters see every state. It links them once, after the first parameter group's
+        first step, when the other groups have none yet."""
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def trained(self) -> list[tuple[str, Any]]:
         """What the optimizer holds, by name."""
@@ -150,6 +169,10 @@ class ZeroEngine:
         """This rank's share of what is trained, in the form in which the torch optimizer sees it."""
         inner = self.engine.optimizer
         return list(inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups)
+
+    def flat_by_name(self) -> dict[str, Tensor]:
+        """`flat_parameters` under names that no other rank has."""
+        return {f"rank{dist.get_rank()}.flat{i}": flat for i, flat in enumerate(self.flat_parameters())}
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         named = dict(module.named_parameters())

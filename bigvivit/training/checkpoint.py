@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.plan import MemoryPlan
+from bigvivit.units import format_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +43,21 @@ class Header:
     """SHA-256 of the trained parts' file; set when it is written."""
 
 
+@contextmanager
+def explain_full_disk(run: Path, what: str) -> Iterator[None]:
+    """Turn what a failed write raises into a ConfigError that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(run).free
+        raise ConfigError(
+            f"{what} could not be written into {run} ({error}): the disk has {format_bytes(free)} free. Make room, "
+            f"then go on from the last checkpoint with --resume"
+        ) from None
+
+
 def write_checkpoint(run: Path, header: Header, trainables: dict[str, Tensor]) -> None:
     """The trained parts, then the header that vouches for them: without a header there is no checkpoint."""
     from safetensors.torch import save
@@ -48,7 +67,17 @@ def write_checkpoint(run: Path, header: Header, trainables: dict[str, Tensor]) -
     record = {**asdict(header), "trainables_checksum": hashlib.sha256(blob).hexdigest()}
     temporary = run / f"{HEADER}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    flush(run)
     os.replace(temporary, run / HEADER)
+    flush(run, files=False)
+
+
+def flush(folder: Path, *, files: bool = True) -> None:
+    """Have the operating system put a folder, and the files under it, on the disk."""
+    for path in [*(folder.rglob("*") if files else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_header(run: Path) -> Header:

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,21 +16,11 @@ from bigvivit.config import OptimConfig
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import measure_peak_over_ranks
 from bigvivit.training.metrics import MetricsLog
-from bigvivit.training.step import LabelledClips, train_step
+from bigvivit.training.step import ClipLoader, LabelledClips, train_step
+from bigvivit.training.validate import validate
 
 WARMUP_STEPS = 3
 """Left out of the time per step: workers start, kernels are chosen, ZeRO-3 records the order of its fetches."""
-
-
-class ClipLoader(Protocol):
-    """This rank's micro-batches of one epoch: a DataLoader."""
-
-    sampler: Any
-    """Has `set_epoch(epoch, first_batch)`."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,8 @@ class LoopResult:
     """Median over the steps after the first few, waiting for data included."""
     loss: float
     """Mean over ranks and over the steps since the last report but one."""
+    val_top1: float | None
+    """Of the last validation; None without one."""
 
 
 class NonFiniteError(Exception):
@@ -63,14 +54,17 @@ def train(
     metrics: MetricsLog | None,
     first_step: int = 0,
     save_every: int = 0,
-    save: Callable[[int], None] | None = None,
+    save: Callable[[int, float | None], None] | None = None,
+    stop: Callable[[int], bool] | None = None,
+    val_loader: ClipLoader | None = None,
 ) -> LoopResult:
     """Run up to `steps` optimizer steps, `first_step` of which are done. Every rank calls it; `metrics` is rank 0's.
 
-    `save(step)` is called on every rank after each `save_every` steps but the last. Raises NonFiniteError.
+    `save(step, val_top1)` is called on every rank after each `save_every` steps but the last, and after the step at
+    which `stop(step)` says so, the last then. Validation comes before each save and at the end. Raises NonFiniteError.
     """
     engine.module.train()
-    losses, seconds, loss = [], [], float("nan")
+    losses, seconds, loss, val_top1, step = [], [], float("nan"), None, first_step
     before = time.perf_counter()
     stream = itertools.islice(micro_batches(loader, optim.accumulate, first_step), steps - first_step)
     for step, (epoch, batches) in enumerate(stream, start=first_step + 1):
@@ -101,10 +95,18 @@ def train(
                     "seconds_left": recent * (steps - step),
                 }
                 metrics.report(record)
-        if save is not None and save_every and step % save_every == 0 and step < steps:
-            save(step)
-            before = time.perf_counter()  # saving is not part of a step's time
-    return LoopResult(steps, statistics.median(seconds[WARMUP_STEPS:] or seconds), loss)
+        stopping, due = stop is not None and stop(step), save_every > 0 and step % save_every == 0
+        if val_loader is not None and (step == steps or (due and not stopping)):  # who stops a run does not wait for it
+            scores = validate(engine, val_loader)
+            val_top1 = scores["val_top1"]
+            if metrics is not None:
+                metrics.report_validation({"step": step, "epoch": epoch, **scores})
+        if save is not None and (due or stopping) and step < steps:
+            save(step, val_top1 if due and not stopping else None)
+        if stopping:
+            break
+        before = time.perf_counter()  # validating and saving are not part of a step's time
+    return LoopResult(step, statistics.median(seconds[WARMUP_STEPS:] or seconds), loss, val_top1)
 
 
 def micro_batches(

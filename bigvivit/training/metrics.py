@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bigvivit.training.checkpoint import explain_full_disk
 from bigvivit.units import format_bytes
 
 
@@ -18,7 +19,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, total_steps: int, label: str, first_step: int = 0) -> None:
         lines = path.read_text().splitlines(keepends=True) if first_step else []
-        self.file = path.open("w")
+        self.path, self.file = path, path.open("w")
         self.file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)  # the rest is redone
         self.total_steps = total_steps
         self.progress: Progress | None = None
@@ -36,8 +37,7 @@ class MetricsLog:
 
     def report(self, record: dict[str, Any]) -> None:
         """Write one record; `step`, `loss`, `lr`, `clips_per_second`, `peak_bytes` and `seconds_left` are shown."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self.write(record)
         line = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  "
             f"{format_bytes(record['peak_bytes'])}"
@@ -47,6 +47,21 @@ class MetricsLog:
         else:
             left = f"{record['seconds_left']:.0f} s left"
             print(f"step {record['step']}/{self.total_steps}  {line}  {left}", flush=True)
+
+    def report_validation(self, record: dict[str, Any]) -> None:
+        """Write one record; `step`, `val_top1` and `val_loss` are shown."""
+        self.write(record)
+        line = f"step {record['step']}: validation top-1 {record['val_top1']:.1%}, loss {record['val_loss']:.4f}"
+        if self.progress is not None:
+            self.progress.console.print(line)
+        else:
+            print(line, flush=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A line that is in the file, not in a buffer, when this returns."""
+        with explain_full_disk(self.path.parent, self.path.name):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
         """Stop the moving line and close the file."""

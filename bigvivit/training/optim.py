@@ -11,7 +11,7 @@ from bigvivit.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, over what asks for a gradient."""
+    """SGD with momentum 0.9, or AdamW, over what asks for a gradient; with fp32 states, or bitsandbytes' of 8 bits."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -21,6 +21,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             (exempt if len(shape) < 2 or table else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if config.eight_bit:
+        import bitsandbytes  # here: it looks for CUDA when it is imported, and says so where there is none
+
+        if config.name == "sgd8bit":
+            return bitsandbytes.optim.SGD8bit(groups, lr=config.lr, momentum=0.9)
+        return bitsandbytes.optim.AdamW8bit(groups, lr=config.lr)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.lr)

@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigvivit.config import ConfigError, TrainConfig
+from bigvivit.training.checkpoint import flush
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
-FREE = {"out", "data.workers", "data.train", "ds", "fsdp", "device", "log_every", "save_every", "keep", "resume"}
+FREE = {
+    "out",
+    "data.workers",
+    "data.train",
+    "data.val",
+    "ds",
+    "fsdp",
+    "device",
+    "log_every",
+    "save_every",
+    "keep",
+    "resume",
+}
 """Settings that may change when training goes on; the manifest is compared by its contents."""
 
 
@@ -37,6 +50,10 @@ class Progress:
     manifest_checksum: str
     scheduler: dict[str, Any]
     world: int
+    zero_stage: int
+    """0 also where DeepSpeed was not used."""
+    val_top1: float | None
+    """Share of the validation clips that were right at this step; None where there were none."""
     checksums: dict[str, str]
     """SHA-256 of the files that no other header vouches for."""
 
@@ -67,6 +84,8 @@ def write_progress(
     step: int,
     config: TrainConfig,
     world: int,
+    zero_stage: int,
+    val_top1: float | None,
     scheduler: dict[str, Any],
     optimizer: dict[str, Tensor],
     random: dict[str, Tensor],
@@ -82,6 +101,8 @@ def write_progress(
         manifest_checksum=file_checksum(config.data.train),
         scheduler=scheduler,
         world=world,
+        zero_stage=zero_stage,
+        val_top1=val_top1,
         checksums={name: file_checksum(folder / name) for name in (OPTIMIZER, RANDOM)},
     )
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
@@ -89,23 +110,29 @@ def write_progress(
 
 def begin_checkpoint(run: Path, step: int) -> Path:
     """An empty folder under a temporary name."""
+    drop_unfinished(run)  # left by a run that was killed while it saved
     folder = run / CHECKPOINTS / f".step-{step:08d}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it saved
     folder.mkdir(parents=True)
     return folder
 
 
+def drop_unfinished(run: Path) -> None:
+    """Remove what `begin_checkpoint` began and nothing committed."""
+    for left in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(left)
+
+
 def commit_checkpoint(folder: Path, keep: int) -> None:
-    """Flush every file, give the folder its name, and remove all but the last `keep`."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    final = folder.with_name(folder.name.removeprefix("."))
+    """Flush every file, give the folder its name, and remove all but the last `keep` and the best."""
+    flush(folder)
+    final, run = folder.with_name(folder.name.removeprefix(".")), folder.parents[1]
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
-    for old in list_checkpoints(folder.parents[1])[keep:]:
-        shutil.rmtree(old)
+    flush(folder.parent, files=False)
+    best = best_checkpoint(run)
+    for old in list_checkpoints(run)[keep:]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -113,11 +140,31 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
 
 
-def read_progress(folder: Path, config: TrainConfig) -> Progress:
+def best_checkpoint(run: Path) -> tuple[Path, float] | None:
+    """The checkpoint that validated best, the newest among equals, and its top-1; None where none was validated."""
+    scored = []
+    for folder in list_checkpoints(run):
+        with suppress(OSError, ValueError):  # a damaged one is found, and refused, when it is gone on from
+            top1 = json.loads((folder / PROGRESS).read_text()).get("val_top1")
+            scored += [(folder, float(top1))] if top1 is not None else []
+    return max(scored, key=lambda entry: entry[1], default=None)
+
+
+def drop_checkpoints(run: Path, but: Path | None) -> None:
+    """Remove what a finished stage has no more use for."""
+    if but is None:
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+        return
+    for folder in (run / CHECKPOINTS).iterdir():
+        if folder != but:
+            shutil.rmtree(folder)
+
+
+def read_progress(folder: Path, config: TrainConfig, *, world: int, zero_stage: int) -> Progress:
     """The progress that training with `config` can go on from.
 
-    Raises ConfigError for a damaged file, naming the checkpoint before, and for settings or clips that are not those
-    of the run.
+    Raises ConfigError for a damaged file, naming the checkpoint before, for settings or clips that are not those of the
+    run, and for 8-bit optimizer states that lie across other ranks.
     """
     others = [other for other in list_checkpoints(config.out) if other < folder]
     way_out = f"delete {folder} to go on from {others[0].name}" if others else "start again in another folder"
@@ -142,6 +189,13 @@ def read_progress(folder: Path, config: TrainConfig) -> Progress:
         raise ConfigError(
             f"data.train={config.data.train} is not the manifest that {config.out} was trained with (SHA-256 differs): "
             f"give that one, or start anew"
+        )
+    moved = (zero_stage, world) != (progress.zero_stage, progress.world)
+    if config.optim.eight_bit and moved and (zero_stage or progress.zero_stage):
+        raise ConfigError(
+            f"resume of {config.out} with ZeRO stage {zero_stage} on {world} ranks: the 8-bit states of optim.name="
+            f"{config.optim.name} lie as stage {progress.zero_stage} on {progress.world} ranks left them, and fit "
+            f"nothing else; use those"
         )
     return progress
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,6 +22,17 @@ class LabelledClips(Protocol):
     """int64 [b]."""
     indices: Tensor
     """int64 [b], positions in the manifest."""
+
+
+class ClipLoader(Protocol):
+    """This rank's micro-batches of one epoch: a DataLoader."""
+
+    sampler: Any
+    """Has `set_epoch(epoch, first_batch)`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""Accuracy while training, on the model as it stands and on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from bigvivit.memory.engine import Engine
+from bigvivit.training.step import ClipLoader
+
+
+def validate(engine: Engine, loader: ClipLoader) -> dict[str, float]:
+    """`val_top1` and `val_loss` over all ranks' clips, each counted once. Every rank must call it.
+
+    `loader` gives this rank's share, one view a clip: uint8 [b, 1, frames, 3, height, width]. Sharded engines need as
+    many forwards on every rank: one that has fewer batches repeats its last, uncounted.
+    """
+    engine.module.eval()
+    right, loss, count = (torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(3))
+    rounds = most_over_ranks(len(loader), engine.device)
+    batches = iter(loader)
+    batch: Any = None
+    with torch.no_grad():
+        for number in range(rounds):
+            batch = next(batches, batch)
+            logits = engine(batch.clips[:, 0].to(engine.device, non_blocking=True)).float()
+            labels: Tensor = batch.labels.to(engine.device)
+            if number < len(loader):
+                right += (logits.argmax(1) == labels).sum()
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+                count += len(labels)
+    engine.module.train()
+    totals = torch.stack([right, loss, count])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return {"val_top1": float(totals[0] / totals[2]), "val_loss": float(totals[1] / totals[2])}
+
+
+def most_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values. Every rank must call it."""
+    if not dist.is_initialized():
+        return value
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
