@@ -181,6 +181,8 @@ class TrainConfig:
         for name, least in (("log_every", 1), ("keep", 1), ("save_every", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.fsdp and self.optim.eight_bit:

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import LOSS_TOLERANCE, STAGE1, STAGE2, Runs, read_losses, train
+from bigvivit.config import EvalConfig
+from bigvivit.eval import evaluate_run
+from tests.launching import (
+    BIN,
+    LOSS_TOLERANCE,
+    ROOT,
+    STAGE1,
+    STAGE2,
+    ZERO3,
+    Runs,
+    environment,
+    free_port,
+    read_losses,
+    train,
+)
+
+ZERO2 = ["--ds", "ds_configs/zero2.json"]
 
 ENGINES = {
     "ddp": ("torchrun", []),
@@ -41,3 +58,56 @@ def test_two_ranks_give_the_losses_of_one_plain_process(
     assert ours.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_eight_bit_states_train_like_fp32_ones(name: str, runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """On the plain engine and sharded over two ranks, whose blocks of codes begin elsewhere."""
+    lr = 0.02 if name == "sgd" else 3e-4
+    settings = [*STAGE1, "--data.train", demo / "train.csv", "--optim.lr", lr]
+    if name == "adamw":
+        train("python", tmp_path / "fp32", *settings, "--optim.name", name)
+    expected = read_losses(runs["plain1"] if name == "sgd" else tmp_path / "fp32")
+    engines = {"plain": ("python", []), "zero3": ("torchrun", ZERO3), "zero2": ("torchrun", ZERO2)}
+    for engine in ("plain", "zero3" if name == "sgd" else "zero2"):
+        launcher, options = engines[engine]
+        train(launcher, tmp_path / engine, *settings, *options, "--optim.name", f"{name}8bit")
+        assert read_losses(tmp_path / engine) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+
+
+def test_two_nodes(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """Two launchers that meet over TCP, each with a rank that is the first on its machine."""
+    port = free_port()
+    settings = ["--out", tmp_path / "run", *STAGE1, "--data.train", demo / "train.csv", "--fsdp"]
+    nodes = []
+    for node in range(2):
+        meet = ["--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, "--master_addr", "127.0.0.1"]
+        words = [BIN / "torchrun", *meet, "--master_port", port, "bigvivit/train.py", *settings]
+        nodes.append(subprocess.Popen([str(word) for word in words], cwd=ROOT, env=environment()))
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    assert read_losses(tmp_path / "run") == pytest.approx(read_losses(runs["plain1"]), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"), [("python", []), ("torchrun", ["--fsdp"]), ("torchrun", ["--ds", "ds_configs/zero3.json"])]
+)
+def test_validation_counts_each_clip_once(launcher: str, options: list, runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """15 clips over two ranks of 2: one rank has a batch fewer, and both a last one that is not full."""
+    lines = (demo / "val.csv").read_text().replace("clips/", f"{demo}/clips/").splitlines()
+    (tmp_path / "val.csv").write_text("\n".join(lines[:16]) + "\n")
+    data = ["--data.train", demo / "train.csv", "--data.val", tmp_path / "val.csv"]
+    train(launcher, tmp_path / "run", *STAGE1, *data, "--save-every", 4, *options)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [record for record in records if "val_top1" in record]
+    assert [record["step"] for record in scores] == [4, 8]
+    assert [record["loss"] for record in records if "loss" in record] == pytest.approx(
+        read_losses(runs["plain1"]), abs=LOSS_TOLERANCE
+    )
+    config = EvalConfig(
+        run=tmp_path / "run", manifest=tmp_path / "val.csv", views=1, crops=1, batch_size=5, workers=0, device="cpu"
+    )
+    assert scores[-1]["val_top1"] == pytest.approx(evaluate_run(config)["top1"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val_top1"] == scores[-1]["val_top1"]
+    better = scores[0]["val_top1"] > scores[-1]["val_top1"]
+    assert ("best_checkpoint" in summary) == better == (tmp_path / "run" / "checkpoints").exists()

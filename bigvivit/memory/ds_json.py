@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,47 @@ SAID_ELSEWHERE = {
 }
 """Blocks that would say again, or against it, what the command line says."""
 
+FLAG, COUNT, NUMBER, TEXT, BLOCK = "true or false", "a whole number from 0", "a number", "text", "an object"
+KEYS = {
+    "train_batch_size": COUNT,
+    "train_micro_batch_size_per_gpu": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "gradient_clipping": NUMBER,
+    "steps_per_print": COUNT,
+    "wall_clock_breakdown": FLAG,
+    "memory_breakdown": FLAG,
+    "dump_state": FLAG,
+    "prescale_gradients": FLAG,
+    "gradient_predivide_factor": NUMBER,
+    "communication_data_type": TEXT,
+    "comms_logger": BLOCK,
+    "flops_profiler": BLOCK,
+    "zero_allow_untested_optimizer": FLAG,
+    "zero_optimization": BLOCK,
+}
+"""Top-level keys that mean something here. DeepSpeed itself ignores a key it does not know."""
+ZERO_KEYS = {
+    "stage": COUNT,
+    "allgather_partitions": FLAG,
+    "allgather_bucket_size": COUNT,
+    "overlap_comm": FLAG,
+    "reduce_scatter": FLAG,
+    "reduce_bucket_size": COUNT,
+    "contiguous_gradients": FLAG,
+    "round_robin_gradients": FLAG,
+    "ignore_unused_parameters": FLAG,
+    "use_multi_rank_bucket_allreduce": FLAG,
+    "sub_group_size": COUNT,
+    "stage3_max_live_parameters": COUNT,
+    "stage3_max_reuse_distance": COUNT,
+    "stage3_prefetch_bucket_size": COUNT,
+    "stage3_param_persistence_threshold": COUNT,
+    "stage3_model_persistence_threshold": COUNT,
+    "stage3_allgather_sequential": FLAG,
+    "log_trace_cache_warnings": FLAG,
+}
+"""Keys of `zero_optimization` that mean something here."""
+
 
 def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
     """The file with every `"auto"` filled from `optim`, ready for `deepspeed.initialize`.
@@ -31,7 +74,7 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
         raise ConfigError(
             f"ds={path} cannot be read ({error.strerror}): give the path of a DeepSpeed JSON file"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise ConfigError(f"ds={path} is not JSON: {error}") from None
     if not isinstance(ds, dict):
         raise ConfigError(f"ds={path} holds a {type(ds).__name__}: a DeepSpeed configuration is one JSON object")
@@ -43,7 +86,7 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": (optim.accumulate, "--optim.accumulate"),
         "gradient_clipping": (optim.clip_norm, "--optim.clip-norm"),
     }
-    faults = []
+    faults = find_wrong_keys(ds)
     for key, (value, source) in ours.items():
         if ds.get(key, "auto") not in ("auto", value):
             faults.append(f'{key} is {ds[key]!r}, but {source} says {value}: write "auto", or change one')
@@ -54,7 +97,7 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
             del ds[key]
     faults += [f'{where} is "auto", which nothing here fills: give a number' for where in find_auto(ds)]
     if faults:
-        raise ConfigError(f"ds={path} contradicts the command line:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        raise ConfigError(f"ds={path} cannot be used:\n" + "\n".join(f"  - {fault}" for fault in faults))
     # Torch's own SGD is on no list of DeepSpeed's; its one state tensor per parameter is sharded like any other's.
     return {**ds, "zero_allow_untested_optimizer": True}
 
@@ -73,6 +116,39 @@ def micro_batch_size(optim: OptimConfig, world: int) -> int:
             f"optim.accumulate={optim.accumulate}; try {-(-optim.batch_size // parts) * parts}"
         )
     return optim.batch_size // parts
+
+
+def find_wrong_keys(ds: dict[str, Any]) -> list[str]:
+    """A fault for each key that nobody reads and each value of another type than its key's."""
+    faults = []
+    zero = ds.get("zero_optimization", {})
+    for block, keys, where in (
+        (ds, KEYS, ""),
+        (zero if isinstance(zero, dict) else {}, ZERO_KEYS, "zero_optimization."),
+    ):
+        for key, value in block.items():
+            if key in keys:
+                if value != "auto" and not is_of_kind(value, keys[key]):
+                    faults.append(f"{where}{key} is {value!r}: it must be {keys[key]}")
+            elif where or key not in SAID_ELSEWHERE:
+                near = difflib.get_close_matches(key, keys, n=1)
+                faults.append(f"{where}{key} is no key that is read here: {f'{near[0]}?' if near else 'remove it'}")
+    if isinstance(zero, dict) and is_of_kind(zero.get("stage", 0), COUNT) and zero.get("stage", 0) > 3:
+        faults.append(f"zero_optimization.stage is {zero['stage']}: ZeRO has the stages 0 to 3")
+    return faults
+
+
+def is_of_kind(value: Any, kind: str) -> bool:
+    """Whether a JSON value is what its key needs. DeepSpeed's own files write counts as 5e8, too."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    kinds = {
+        FLAG: isinstance(value, bool),
+        COUNT: number and value >= 0 and value == int(value),
+        NUMBER: number,
+        TEXT: isinstance(value, str),
+        BLOCK: isinstance(value, dict),
+    }
+    return bool(kinds[kind])
 
 
 def find_auto(value: Any, where: str = "") -> Iterator[str]:

@@ -44,7 +44,10 @@ class FsdpEngine(PlainEngine):
     def __call__(self, clips: Tensor) -> Tensor:
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(self.completes_a_step())
-        return self.module(clips)
+        logits = self.module(clips)
+        if not torch.is_grad_enabled():
+            self.module.reshard()  # the root's own parameters, which otherwise wait, whole, for a backward
+        return logits
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         whole = {}

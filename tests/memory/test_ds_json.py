@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bigvivit.config import ConfigError, OptimConfig
-from bigvivit.memory.ds_json import micro_batch_size, read_ds_json
+from bigvivit.memory.ds_json import ZERO_KEYS, micro_batch_size, read_ds_json
 
 OPTIM = OptimConfig(batch_size=64, accumulate=4, clip_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -90,3 +90,10 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         ConfigError, match=r"optim\.batch_size=64 does not divide over 3 ranks \* optim\.accumulate=4; try 72"
     ):
         micro_batch_size(OPTIM, 3)
+
+
+def test_every_zero_key_is_one_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZERO_KEYS) <= theirs
