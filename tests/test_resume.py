@@ -51,9 +51,11 @@ def kill_and_copy(runs: Runs, demo: Path, out: Path, stage: int, *more: object) 
 DROP = ("--model.droplayer", 0.3)  # so that random states matter
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_plain_engine_goes_on_bit_for_bit(stage: int, runs: Runs, demo: Path, tmp_path: Path) -> None:
-    arguments = kill_and_copy(runs, demo, tmp_path / "killed", stage, *DROP)
+@pytest.mark.parametrize(("stage", "optimizer"), [(1, "sgd"), (2, "adamw"), (1, "adamw8bit")])
+def test_the_plain_engine_goes_on_bit_for_bit(
+    stage: int, optimizer: str, runs: Runs, demo: Path, tmp_path: Path
+) -> None:
+    arguments = kill_and_copy(runs, demo, tmp_path / "killed", stage, *DROP, "--optim.name", optimizer)
     train("python", tmp_path / "whole", *arguments)
     printed = train("python", tmp_path / "killed", *arguments, "--resume")
     assert "going on from" in printed
@@ -88,6 +90,19 @@ def test_another_engine_goes_on_and_back(
     losses, expected = read_losses(tmp_path / "killed"), read_losses(tmp_path / "whole")
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
     assert len(losses) == 8
+
+
+def test_eight_bit_states_go_on_where_they_lie(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """Sharded, they fit the same number of ranks only; there the losses are those of fp32 states that never stopped."""
+    out, zero3 = tmp_path / "killed", ("--ds", "ds_configs/zero3.json")
+    arguments = [*STAGE1, "--data.train", demo / "train.csv", "--optim.name", "sgd8bit", *SAVING]
+    kill_after(4, "torchrun", out, *arguments, *zero3)
+    for options in ((), zero3):  # whole on one rank; under ZeRO-3, but on one
+        done = start("python", "--out", out, *arguments, *options, "--resume")
+        assert done.returncode == 2
+        assert "the 8-bit states of optim.name=sgd8bit lie as stage 3 on 2 ranks left them" in done.stderr
+    train("torchrun", out, *arguments, *zero3, "--resume")
+    assert read_losses(out) == pytest.approx(read_losses(runs["plain1"]), abs=LOSS_TOLERANCE)
 
 
 def test_what_cannot_be_gone_on_from_is_refused(runs: Runs, demo: Path, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,24 @@ from bigvivit.training.checkpoint import explain_full_disk
 from bigvivit.units import format_bytes
 
 
+def lines_until(path: Path, step: int) -> Iterator[str]:
+    """The records up to a step. The last line of a run that was killed may be torn; it is of a later step."""
+    if step and path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            with suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    yield line.rstrip("\n") + "\n"
+
+
 class MetricsLog:
     """Rank 0's record of training: every reported step as JSON, a moving line on a terminal, plain lines elsewhere."""
 
     def __init__(self, path: Path, total_steps: int, label: str, first_step: int = 0) -> None:
-        lines = path.read_text().splitlines(keepends=True) if first_step else []
-        self.path, self.file = path, path.open("w")
-        self.file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)  # the rest is redone
+        self.path, kept = path, path.with_suffix(".kept")
+        with explain_full_disk(path.parent, path.name):
+            kept.write_text("".join(lines_until(path, first_step)))  # the rest is redone
+            os.replace(kept, path)  # at once: a run that is killed here must not lose its past
+            self.file = path.open("a")
         self.total_steps = total_steps
         self.progress: Progress | None = None
         if sys.stdout.isatty():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
+
+from bigvivit.training.metrics import MetricsLog
 
 CODE = """
 import sys
@@ -35,3 +38,12 @@ def test_one_moving_line_on_a_terminal(tmp_path: Path) -> None:
         assert part in printed
     assert "step 10/30" not in printed  # that is the plain form
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_goes_on_has_its_past_in_the_file_at_once(tmp_path: Path) -> None:
+    """Killed before its next record, it must not have lost the earlier ones; a torn last line is not in the way."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"ste')
+    MetricsLog(path, 10, "stage 1", first_step=3)
+    assert path.read_text() == "".join(lines[:3])
