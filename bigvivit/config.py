@@ -183,6 +183,7 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
+        check_memory(self.memory, self.stage)
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.fsdp and self.optim.eight_bit:
@@ -201,6 +202,32 @@ class TrainConfig:
                 )
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
             check_frames(self.clip.frames, self.model.tubelet)
+
+
+def check_memory(plan: MemoryPlan, stage: int) -> None:
+    """Raise for a plan that contradicts itself or the stage."""
+    for name in ("group", "chunk"):
+        value = getattr(plan, name)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"memory.{name}={value} must be at least 1, or all, or auto")
+    if isinstance(plan.group, int) and (
+        plan.chunk == "all" or (isinstance(plan.chunk, int) and plan.chunk > plan.group)
+    ):
+        raise ConfigError(
+            f"memory.chunk={plan.chunk} is more than memory.group={plan.group}: a chunk is a part of a group; "
+            f"give --memory.chunk {plan.group} or less"
+        )
+    if stage == 1:
+        for name in ("placement", "group", "chunk"):
+            value, default = getattr(plan, name), getattr(MemoryPlan(), name)
+            if value != default:
+                raise ConfigError(
+                    f"memory.{name}={value} is for a frozen tower, and stage 1 trains it: leave it out"
+                )
+        if plan.storage in ("int8", "nf4"):
+            raise ConfigError(
+                f"memory.storage={plan.storage} is for a frozen tower: stage 1 trains it in fp32; leave it out"
+            )
 
 
 MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4)

@@ -191,7 +191,15 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
                 )
             log.info("not transferred: %s (%s)", skipped.name, skipped.reason)
     sharder = build_sharder(job.ds, fsdp=config.fsdp, device=device)
-    apply_plan(model, config.memory, frozen=config.stage == 2, fill=source.fill, device=device, sharder=sharder)
+    apply_plan(
+        model,
+        config.memory,
+        frozen=config.stage == 2,
+        fill=source.fill,
+        device=device,
+        sharder=sharder,
+        scratch=config.out,
+    )
 
     ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
     loader = build_train_loader(config.clip, job.manifest, batch_size=job.micro_batch, **ranks)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 KiB, MiB, GiB = 1024, 1024**2, 1024**3
 
 DType = Literal["fp32", "bf16", "fp16"]
+Storage = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 TORCH_NAMES: dict[DType, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -26,7 +27,8 @@ def format_bytes(count: int) -> str:
     """`1.88 GiB`, `19.3 MiB`, `0 B`: three significant digits, binary units."""
     for unit, size in (("GiB", GiB), ("MiB", MiB), ("KiB", KiB)):
         if abs(count) >= size:
-            return f"{count / size:.3g} {unit}"
+            value = count / size
+            return f"{value:.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"  # .3g writes 1020 as 1.02e+03
     return f"{count} B"
 
 

@@ -79,6 +79,11 @@ WRONG: list[tuple[list[object], dict[str, str], str]] = [
     (["--optim.label-smoothing", 1.5], {}, "optim.label_smoothing=1.5 must be from 0 to below 1"),
     (["--optim.clip-norm", "nan"], {}, "optim.clip_norm=nan must be a number from 0"),
     (["--optim.name", "adamw8bit", "--fsdp"], {}, "optim.name=adamw8bit under fsdp: bitsandbytes cannot update"),
+    # Memory.
+    (["--memory.chunk", 0], {}, "memory.chunk=0 must be at least 1, or all, or auto"),
+    (["--memory.group", 4, "--memory.chunk", 8], {}, "memory.chunk=8 is more than memory.group=4: a chunk is a part"),
+    (["--memory.placement", "disk"], {}, "memory.placement=disk is for a frozen tower, and stage 1 trains it"),
+    (["--memory.storage", "nf4"], {}, "memory.storage=nf4 is for a frozen tower: stage 1 trains it in fp32"),
     # The run.
     (["--log-every", 0], {}, "log_every=0 must be at least 1"),
     (["--keep", 0], {}, "keep=0 must be at least 1"),

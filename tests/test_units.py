@@ -8,7 +8,15 @@ from bigvivit.units import GiB, format_bytes, format_count, torch_dtype
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (int(1.88 * GiB), "1.88 GiB"), (-2048, "-2 KiB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (int(1.88 * GiB), "1.88 GiB"),
+        (-2048, "-2 KiB"),
+        (1020 * 1024, "1020 KiB"),
+    ],
 )
 def test_bytes(count: int, text: str) -> None:
     assert format_bytes(count) == text

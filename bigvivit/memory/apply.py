@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from bigvivit.memory.freeze import freeze
-from bigvivit.memory.load import Fill, Sharder, load_pieces
-from bigvivit.memory.plan import MemoryPlan
+from bigvivit.memory.load import Fill, Sharder, load_packed, load_pieces
+from bigvivit.memory.measure import least_over_ranks, measure_free
+from bigvivit.memory.placement import build_placement
+from bigvivit.memory.plan import MemoryPlan, Stream, choose_stream
+from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.stream import FrozenTower, StagedTower
 from bigvivit.units import torch_dtype
 
@@ -22,22 +28,32 @@ def apply_plan(
     fill: Fill,
     device: torch.device,
     sharder: Sharder | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
 
-    `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them.
+    `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them; `scratch` is a folder
+    for the file of a tower that lives on disk, where temporary files go by default.
     """
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
-    units = [piece for _, piece in pieces]
-    storage = torch.float32
+    units: Sequence[nn.Module] = [piece for _, piece in pieces]
+    storage, placement = torch.float32, None
     if frozen:
         # Before sharding and before the optimizer: both look at requires_grad when they are handed a parameter.
         freeze(cast(nn.Module, tower))
+        compute = compute_dtype(plan, device)
+        if is_packed(plan):
+            placement = build_placement(plan.placement, device, scratch or Path(tempfile.gettempdir()))
+        costly = sharder is not None or plan.placement != "device" or compute != value_dtype(plan.storage)
+        choose = build_choice(plan, device, costly=costly or is_quantized(plan.storage))
         # Before sharding: a StreamedLayer is the unit that is gathered.
-        model.tower = stream = FrozenTower(tower, compute_dtype(plan, device))
-        units, storage = stream.units(), torch_dtype(plan.storage)
-    load_pieces(pieces, units, fill, storage=storage, device=device, sharder=sharder)
+        model.tower = stream = FrozenTower(tower, compute, device, choose, placement)
+        units, storage = stream.units(), value_dtype(plan.storage)
+    if placement is not None:
+        load_packed(pieces, stream.units(), fill, plan.storage, placement)
+    else:
+        load_pieces(pieces, units, fill, storage=storage, device=device, sharder=sharder)
     # After loading: the units are sharded one by one as they come, what is around them at the end.
     if sharder is None:
         model.to(device)
@@ -47,6 +63,28 @@ def apply_plan(
     if autocast != torch.float32:
         # Around the module's own forward, not around the engine's: DeepSpeed switches off an autocast it did not start.
         model.forward = torch.autocast(device.type, dtype=autocast)(cast(Any, model).forward)
+
+
+def is_packed(plan: MemoryPlan) -> bool:
+    """Whether the tower's weights are bytes that a placement keeps, and not parameters that engines see."""
+    return plan.placement != "device" or is_quantized(plan.storage)
+
+
+def build_choice(plan: MemoryPlan, device: torch.device, *, costly: bool) -> Callable[[int, int, int], Stream]:
+    """`choose_stream` for the memory that is free now, on the rank that has least: all must fetch as often."""
+    free_bytes = least_over_ranks(measure_free(device), device)
+
+    def choose(tubelets: int, hidden_bytes: int, work_bytes: int) -> Stream:
+        return choose_stream(
+            plan,
+            tubelets=tubelets,
+            hidden_bytes=hidden_bytes,
+            work_bytes=work_bytes,
+            free_bytes=free_bytes,
+            costly=costly,
+        )
+
+    return choose
 
 
 def compute_dtype(plan: MemoryPlan, device: torch.device) -> torch.dtype:

@@ -24,20 +24,35 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     counts = {True: 0, False: 0}
     for parameter in module.parameters():
         counts[parameter.requires_grad] += full_numel(parameter)
+    for part in module.modules():
+        counts[False] += sum(
+            parameter.numel() for layer in getattr(part, "packed", ()) for parameter in layer.parameters()
+        )
     return counts[True], counts[False]
 
 
 def describe_frozen(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """`froze tower: 1.01 B parameters, 1.88 GiB bf16, 0 B optimizer state`, from what is really there."""
     parameters = list(module.parameters())
-    names = {f"torch.{long}": short for short, long in TORCH_NAMES.items()}
-    dtypes = sorted({names.get(str(p.dtype), str(p.dtype)) for p in parameters})
-    stored = sum(full_numel(p) * p.element_size() for p in parameters)
+    slots = [slot for part in module.modules() for slot in getattr(part, "slots", None) or ()]
+    sizes: dict[str, int] = {}
+    for dtype, nbytes in [
+        *((p.dtype, full_numel(p) * p.element_size()) for p in parameters),
+        *((slot.dtype, slot.nbytes) for slot in slots),
+    ]:
+        sizes[dtype_name(dtype)] = sizes.get(dtype_name(dtype), 0) + nbytes
+    kinds = "+".join(sorted(sizes, key=lambda kind: -sizes[kind]))
     own = {id(p) for p in parameters}
     held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     state = sum(full_numel(p) * p.element_size() * moments for p in held)
     return (
         f"froze {name}: {format_count(count_parameters(module)[1])} parameters, "
-        f"{format_bytes(stored)} {'+'.join(dtypes)}, {format_bytes(state)} optimizer state"
+        f"{format_bytes(sum(sizes.values()))} {kinds}, {format_bytes(state)} optimizer state"
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16` for torch.bfloat16."""
+    short = {f"torch.{long}": name for name, long in TORCH_NAMES.items()}
+    return short.get(str(dtype), str(dtype).removeprefix("torch."))

@@ -8,6 +8,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from bigvivit.memory.placement import Placement
+from bigvivit.memory.quantize import is_quantized, value_dtype
+from bigvivit.memory.stream import StreamedLayer
+from bigvivit.units import Storage
+
 Fill = Callable[[str, nn.Module], None]
 """Copies the weights of the piece of this name into a module on the CPU that has room for them."""
 
@@ -45,3 +50,20 @@ def load_pieces(
         piece.to(device)  # also before sharding, which moves parameters but not buffers
         if sharder is not None:
             sharder.shard(unit)
+
+
+def load_packed(
+    pieces: Iterable[tuple[str, nn.Module]],
+    units: Iterable[StreamedLayer],
+    fill: Fill,
+    storage: Storage,
+    placement: Placement,
+) -> None:
+    """Fill, pack and hand over each piece before the next one exists: the whole tower is in no form but its stored one.
+
+    What is quantised is filled in fp32, so that it is rounded once.
+    """
+    for (name, piece), unit in zip(pieces, units, strict=True):
+        piece.to(torch.float32 if is_quantized(storage) else value_dtype(storage)).to_empty(device="cpu")
+        fill(name, piece)
+        placement.store(unit.pack(storage))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,30 @@ def measure_peak(device: torch.device) -> Peak:
         return Peak(torch.cuda.max_memory_allocated(device), "CUDA allocator, allocated")
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return Peak(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process RSS, imports included")
+
+
+def measure_free(device: torch.device) -> int:
+    """Bytes that this process could still take: on CUDA also what PyTorch keeps cached, on the CPU also under its
+    limit on data (RLIMIT_DATA), if there is one."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    status = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(status["MemAvailable"].split()[0]) * 1024
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY:
+        own = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        free = min(free, max(limit - int(own["VmData"].split()[0]) * 1024, 0))
+    return free
+
+
+def least_over_ranks(value: int, device: torch.device) -> int:
+    """The smallest of all ranks' values. Every rank must call it."""
+    if not dist.is_initialized():
+        return value
+    least = torch.tensor(value, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def measure_peak_over_ranks(device: torch.device) -> Peak:

@@ -1,11 +1,26 @@
-"""A frozen tower as a stream of layers: each is one unit that is fetched, cast, used and let go."""
+"""A frozen tower as a stream: frames go through its layers in groups and chunks, each layer fetched once per group.
+
+`group` tubelets have hidden states in memory at once, `chunk` of them go through a layer at once: all at once is the
+paper's way, group = chunk is chunk-major, group = all is layer-major (FlexGen's zig-zag, arXiv:2303.06865, for towers).
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from bigvivit.memory.placement import Placement, Slot, plan_slots, view_slots
+from bigvivit.memory.plan import Stream
+from bigvivit.memory.quantize import pack_weights, unpack_weights
+from bigvivit.units import Storage
+
+log = logging.getLogger(__name__)
 
 
 class StagedTower(Protocol):
@@ -21,36 +36,75 @@ class StagedTower(Protocol):
 
 
 class StreamedLayer(nn.Module):
-    """One piece of a frozen tower, computing in a type of its own whatever type it is stored in.
+    """One piece of a frozen tower, called once for all chunks of a group, in a compute type of its own.
 
-    It is also the unit that ZeRO-3 gathers (a leaf module): its parameters are whole for as long as its forward runs.
+    Its parameters are the unit that ZeRO-3 gathers (a leaf module) and FSDP2 wraps. Once `pack` was called it has none,
+    and is handed the bytes that its placement fetched.
     """
 
-    def __init__(self, layer: nn.Module, compute: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, compute: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.layer = layer
-        self.compute = compute
+        self.layer: nn.Module = layer
+        self.compute, self.device = compute, device
+        self.slots: list[Slot] | None = None
 
-    def forward(self, x: Tensor, **extras: Any) -> Any:
-        weights: dict[str, Tensor] = dict(self.layer.named_parameters())
-        if all(weight.dtype == self.compute for weight in weights.values()):
-            return self.layer(x, **extras)
-        # The cast copy lives for this call only: one layer in the compute type, the rest in the storage type.
-        weights = {name: weight.to(self.compute) for name, weight in weights.items()}
-        return torch.func.functional_call(self.layer, weights, (x,), extras)
+    def pack(self, storage: Storage) -> Tensor:
+        """Give up the parameters. Returns them as they are to be stored: uint8, on the CPU."""
+        stored = pack_weights(self.layer, storage)
+        self.slots, size = plan_slots(stored)
+        buffer = torch.zeros(size, dtype=torch.uint8)
+        for name, view in view_slots(buffer, self.slots).items():
+            view.copy_(stored[name])
+        self.kept = {name: kept.to(self.device) for name, kept in self.layer.named_buffers()}
+        layer = self.layer.to("meta")
+        del self.layer
+        # In a tuple, which nn.Module does not look into: neither engines nor checkpoints shall see it.
+        self.packed = (layer,)
+        return buffer
+
+    def weights(self, fetched: Tensor | None) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The layer, and its parameters in the compute type; the copies last as long as the caller keeps them."""
+        if self.slots is not None:
+            assert fetched is not None
+            (layer,) = self.packed
+            return layer, {**unpack_weights(view_slots(fetched, self.slots), layer, self.compute), **self.kept}
+        return self.layer, {name: weight.to(self.compute) for name, weight in self.layer.named_parameters()}
+
+    def forward(self, chunks: list[Tensor], fetched: Tensor | None = None, **extras: Any) -> list[Any]:
+        """Each chunk through the layer; `chunks` is emptied on the way, so that no chunk is held twice."""
+        layer, weights = self.weights(fetched)
+        outputs = []
+        for _ in range(len(chunks)):
+            chunk = chunks.pop(0).to(self.device, non_blocking=True)  # pixels may still be in the host's memory
+            outputs.append(torch.func.functional_call(layer, weights, (chunk,), extras))
+        return outputs
 
 
 class FrozenTower(nn.Module):
     """A tower without gradients and always in eval mode (paper, §3.2, stage 2)."""
 
-    def __init__(self, tower: StagedTower, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        tower: StagedTower,
+        compute: torch.dtype,
+        device: torch.device,
+        choose: Callable[[int, int, int], Stream],
+        placement: Placement | None = None,
+    ) -> None:
+        """`choose(tubelets, hidden_bytes, work_bytes)`, the bytes of one tubelet, says how they go through.
+
+        `placement` is where layers are that have been packed.
+        """
         super().__init__()
-        self.embed = StreamedLayer(tower.embed, compute)
-        self.layers = nn.ModuleList(StreamedLayer(layer, compute) for layer in tower.layers)
-        self.pool = StreamedLayer(tower.pool, compute)
+        self.sketch = copy.deepcopy(tower.embed).to("meta"), copy.deepcopy(tower.layers[0]).to("meta")
+        self.embed = StreamedLayer(tower.embed, compute, device)
+        self.layers = nn.ModuleList(StreamedLayer(layer, compute, device) for layer in tower.layers)
+        self.pool = StreamedLayer(tower.pool, compute, device)
+        self.choose, self.placement = choose, placement
+        self.streams: dict[int, Stream] = {}
         self.eval()
 
-    def units(self) -> list[nn.Module]:
+    def units(self) -> list[StreamedLayer]:
         """What is fetched one after the other, in the order of the tower's pieces."""
         return [self.embed, *self.layers, self.pool]
 
@@ -60,10 +114,52 @@ class FrozenTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Frame vectors [n, width] in the compute type, of uint8 tubelets [n, t * 3, height, width]."""
+        """Frame vectors [n, width] in the compute type, of uint8 tubelets [n, t * 3, height, width] on any device."""
+        stream = self.stream(pixels)
+        groups = pixels.split(stream.group)
+        fetched = self.fetch_in_turn(len(groups))
+        vectors: list[Tensor] = []
         # Autocast would turn norms, and with them the hidden states, back into fp32.
-        with torch.autocast(pixels.device.type, enabled=False):
-            hidden, extras = self.embed(pixels)
-            for layer in self.layers:
-                hidden = layer(hidden, **extras)
-            return self.pool(hidden)
+        with torch.autocast(self.embed.device.type, enabled=False):
+            for group in groups:
+                embedded = self.embed(list(group.split(stream.chunk)), next(fetched))
+                extras = embedded[0][1]  # positions and the like: the same for every chunk
+                hidden = [chunk for chunk, _ in embedded]
+                del embedded
+                for layer in self.layers:
+                    hidden = layer(hidden, next(fetched), **extras)
+                vectors += self.pool(hidden, next(fetched))
+        return torch.cat(vectors)
+
+    def stream(self, pixels: Tensor) -> Stream:
+        """How so many go through; chosen once, and said in the log."""
+        tubelets = len(pixels)
+        if tubelets not in self.streams:
+            stream = self.choose(tubelets, *self.bytes_per_tubelet(pixels))
+            log.info("tower: %d tubelets in %s", tubelets, stream.why)
+            self.streams[tubelets] = stream
+        return self.streams[tubelets]
+
+    def bytes_per_tubelet(self, pixels: Tensor) -> tuple[int, int]:
+        """Of hidden states between two layers, and of work inside one: twice its widest matrix product, and its input
+        twice more for the norm and the attention."""
+        embed, layer = self.sketch
+        hidden, _ = embed(torch.empty(pixels[:1].shape, dtype=pixels.dtype, device="meta"))
+        widest = max(part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
+        tokens, width = hidden.shape[1:]
+        size = self.embed.compute.itemsize
+        return tokens * width * size, 2 * tokens * (widest + width) * size
+
+    def fetch_in_turn(self, groups: int) -> Iterator[Tensor | None]:
+        """Each unit's bytes when its turn comes, the next already on its way; None where units have parameters."""
+        if self.placement is None:
+            yield from itertools.repeat(None)
+            return
+        order = list(range(len(self.layers) + 2)) * groups
+        coming = self.placement.fetch(order[0])
+        for following in order[1:]:
+            here = coming.wait()
+            coming = self.placement.fetch(following)
+            yield here
+            del here
+        yield coming.wait()

@@ -179,7 +179,8 @@ class Embed(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """uint8 [n, t * 3, h, w] → hidden [n, tokens, width] and what every layer needs beside it."""
-        dtype = next(self.parameters()).dtype
+        weight = next(self.parameters())
+        pixels, dtype = pixels.to(weight.device, non_blocking=True), weight.dtype
         frames = pixels.shape[1] // 3
         # Built here from numbers, so that no buffer has to follow the module from device to device.
         mean, std = (torch.tensor(rgb * frames, device=pixels.device).view(-1, 1, 1) for rgb in (self.mean, self.std))

@@ -29,6 +29,8 @@ class ClipLoader(Protocol):
 
     sampler: Any
     """Has `set_epoch(epoch, first_batch)`."""
+    batch_size: int | None
+    """Clips of a full micro-batch."""
 
     def __len__(self) -> int: ...
 
@@ -49,10 +51,9 @@ def train_step(engine: Engine, batches: Sequence[LabelledClips], *, label_smooth
     """Forward and backward of each micro-batch, then one update. `batches` are as many as the engine accumulates."""
     losses, grad_norm = [], None
     for batch in batches:
-        # Clips cross to the device as bytes, a quarter of their size in floats; the tower normalises them there.
-        clips = batch.clips.to(engine.device, non_blocking=True)
+        # Clips stay where they are: the tower takes them to the device, chunk by chunk where it is a stream.
         labels = batch.labels.to(engine.device, non_blocking=True)
-        logits = engine(clips)
+        logits = engine(batch.clips)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         engine.backward(loss)
         grad_norm = engine.step()

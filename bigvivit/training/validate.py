@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
 
 from bigvivit.memory.engine import Engine
 from bigvivit.training.step import ClipLoader
@@ -17,7 +16,7 @@ def validate(engine: Engine, loader: ClipLoader) -> dict[str, float]:
     """`val_top1` and `val_loss` over all ranks' clips, each counted once. Every rank must call it.
 
     `loader` gives this rank's share, one view a clip: uint8 [b, 1, frames, 3, height, width]. Sharded engines need as
-    many forwards on every rank: one that has fewer batches repeats its last, uncounted.
+    many forwards on every rank, of as many clips: what a rank lacks it repeats, uncounted.
     """
     engine.module.eval()
     right, loss, count = (torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(3))
@@ -27,8 +26,9 @@ def validate(engine: Engine, loader: ClipLoader) -> dict[str, float]:
     with torch.no_grad():
         for number in range(rounds):
             batch = next(batches, batch)
-            logits = engine(batch.clips[:, 0].to(engine.device, non_blocking=True)).float()
-            labels: Tensor = batch.labels.to(engine.device)
+            clips, labels = batch.clips[:, 0], batch.labels.to(engine.device)
+            repeated = torch.arange(loader.batch_size or 1) % len(clips)
+            logits = engine(clips[repeated])[: len(clips)].float()
             if number < len(loader):
                 right += (logits.argmax(1) == labels).sum()
                 loss += F.cross_entropy(logits, labels, reduction="sum")

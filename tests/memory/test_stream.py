@@ -9,19 +9,23 @@ import torch
 from torch import nn
 
 from bigvivit.memory.freeze import count_parameters, describe_frozen, freeze
+from bigvivit.memory.plan import Stream
 from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.towers import Tower
 from bigvivit.model.weights import random_weights
 from tests.model.reference import DEMO, draw_images, load
 
 
-def build_frozen(storage: torch.dtype, compute: torch.dtype) -> tuple[Tower, FrozenTower]:
+def build_frozen(
+    storage: torch.dtype, compute: torch.dtype, group: int = 3, chunk: int = 3
+) -> tuple[Tower, FrozenTower]:
     tower = load(DEMO, random_weights(DEMO, 0), tubelet=2, image_size=48).to(storage)
     freeze(tower)
-    return tower, FrozenTower(tower, compute)
+    return tower, FrozenTower(tower, compute, torch.device("cpu"), lambda *sizes: Stream(group, chunk, "test"))
 
 
 IMAGES = draw_images(3, 6, 48)
+SEVEN = draw_images(7, 6, 48)
 
 
 def test_storage_is_cast_layer_by_layer_and_not_kept() -> None:
@@ -39,6 +43,22 @@ def test_one_type_is_the_tower_itself(dtype: torch.dtype) -> None:
     assert torch.equal(output, tower(IMAGES))
 
 
+@pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 2), (4, 2), (2, 2), (7, 1), (1, 1), (3, 2), (100, 100)])
+def test_groups_and_chunks_change_nothing(group: int, chunk: int) -> None:
+    """The paper's way, layer-major, chunk-major and between; seven tubelets leave a short group and a short chunk."""
+    tower, frozen = build_frozen(torch.float32, torch.float32, group, chunk)
+    torch.testing.assert_close(frozen(SEVEN), tower(SEVEN), rtol=1e-6, atol=1e-6)
+
+
+def test_each_layer_is_called_once_for_a_group() -> None:
+    _, frozen = build_frozen(torch.float32, torch.float32, group=4, chunk=2)
+    calls: list[tuple[int, int]] = []
+    for number, unit in enumerate(frozen.units()):
+        unit.register_forward_pre_hook(lambda unit, inputs, number=number: calls.append((number, len(inputs[0]))))
+    frozen(SEVEN)
+    assert calls == [(unit, 2) for _ in range(2) for unit in range(6)]
+
+
 def test_autocast_around_it_changes_nothing() -> None:
     _, frozen = build_frozen(torch.bfloat16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -53,20 +73,37 @@ def test_it_stays_in_eval_mode_and_leaves_no_graph() -> None:
     assert not frozen(IMAGES).requires_grad
 
 
-def test_only_one_layer_is_cast_at_a_time() -> None:
-    """Bytes the CPU allocator handed out and not yet taken back, by its own count, never hold two cast layers."""
-    _, frozen = build_frozen(torch.bfloat16, torch.float32)
-    one_layer = sum(p.numel() * 4 for p in frozen.layers[0].parameters())
-    whole = sum(p.numel() * 4 for p in frozen.parameters())
-    image = draw_images(1, 6, 48)
+def measure_peak_bytes(frozen: FrozenTower, pixels: torch.Tensor) -> int:
+    """What the CPU allocator handed out and had not yet taken back, at most, by its own count."""
+    frozen(pixels)  # chooses its stream
     with torch.profiler.profile(profile_memory=True) as profile:
-        frozen(image)
+        frozen(pixels)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert one_layer < peak < 2 * one_layer < whole
+    return peak
+
+
+def test_only_one_layer_is_cast_at_a_time() -> None:
+    _, frozen = build_frozen(torch.bfloat16, torch.float32)
+    one_layer = sum(p.numel() * 4 for p in frozen.layers[0].parameters())
+    whole = sum(p.numel() * 4 for p in frozen.parameters())
+    assert one_layer < measure_peak_bytes(frozen, draw_images(1, 6, 48)) < 2 * one_layer < whole
+
+
+@pytest.mark.parametrize(("group", "hidden_states"), [(1000, 1), (1, 0)])
+def test_memory_grows_by_the_hidden_states_of_the_group_and_by_nothing_else(group: int, hidden_states: int) -> None:
+    """Layer-major: by one tubelet's hidden states and its vector for each tubelet; chunk-major: by its vector only."""
+    peaks = {}
+    for count in (8, 24):
+        _, frozen = build_frozen(torch.float32, torch.float32, group, chunk=1)
+        peaks[count] = measure_peak_bytes(frozen, draw_images(count, 6, 48))
+    grown = (peaks[24] - peaks[8]) / 16
+    tokens, width = 17, 128
+    assert grown <= hidden_states * tokens * width * 4 * 1.05 + 2 * width * 4
+    assert grown >= hidden_states * tokens * width * 4
 
 
 def test_counts_and_the_line_in_the_log() -> None:
