@@ -221,9 +221,7 @@ def check_memory(plan: MemoryPlan, stage: int) -> None:
         for name in ("placement", "group", "chunk"):
             value, default = getattr(plan, name), getattr(MemoryPlan(), name)
             if value != default:
-                raise ConfigError(
-                    f"memory.{name}={value} is for a frozen tower, and stage 1 trains it: leave it out"
-                )
+                raise ConfigError(f"memory.{name}={value} is for a frozen tower, and stage 1 trains it: leave it out")
         if plan.storage in ("int8", "nf4"):
             raise ConfigError(
                 f"memory.storage={plan.storage} is for a frozen tower: stage 1 trains it in fp32; leave it out"
