@@ -210,6 +210,8 @@ def check_memory(plan: MemoryPlan, stage: int) -> None:
         value = getattr(plan, name)
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"memory.{name}={value} must be at least 1, or all, or auto")
+    if plan.recompute < 0:
+        raise ConfigError(f"memory.recompute={plan.recompute} must be 0, or n to recompute every n-th block")
     if isinstance(plan.group, int) and (
         plan.chunk == "all" or (isinstance(plan.chunk, int) and plan.chunk > plan.group)
     ):

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from bigvivit.memory.activations import apply_offload, apply_recompute
 from bigvivit.memory.freeze import freeze
 from bigvivit.memory.load import Fill, Sharder, load_packed, load_pieces
 from bigvivit.memory.measure import least_over_ranks, measure_free
@@ -38,7 +39,9 @@ def apply_plan(
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
     units: Sequence[nn.Module] = [piece for _, piece in pieces]
-    storage, placement = torch.float32, None
+    storage, placement = torch_dtype(plan.masters), None
+    # Before sharding, which keeps types. (What is on the meta device gets its own below.)
+    model.to(storage)
     if frozen:
         # Before sharding and before the optimizer: both look at requires_grad when they are handed a parameter.
         freeze(cast(nn.Module, tower))
@@ -59,6 +62,10 @@ def apply_plan(
         model.to(device)
     else:
         sharder.finish(model)
+    if plan.recompute:
+        apply_recompute(model, plan.recompute, reentrant=sharder is not None and sharder.forgets_shapes)
+    if plan.offload_activations:
+        apply_offload(model, device)
     autocast = autocast_dtype(plan, device)
     if autocast != torch.float32:
         # Around the module's own forward, not around the engine's: DeepSpeed switches off an autocast it did not start.

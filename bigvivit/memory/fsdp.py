@@ -17,6 +17,8 @@ class FsdpSharder:
     Frozen and trained parameters never share a unit: one that mixed them would hold gradients for both.
     """
 
+    forgets_shapes = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

@@ -20,6 +20,9 @@ Fill = Callable[[str, nn.Module], None]
 class Sharder(Protocol):
     """Keeps this rank's part of a model and lets go of the rest."""
 
+    forgets_shapes: bool
+    """Whether a weight that is not gathered has another shape: ZeRO-3's have none."""
+
     def shard(self, unit: nn.Module) -> None:
         """One unit of the tower, just filled."""
         ...

@@ -27,6 +27,12 @@ class MemoryPlan:
     """Tubelets whose hidden states are in memory at once; each layer is fetched once for all of them."""
     chunk: int | Literal["all", "auto"] = "auto"
     """Tubelets that go through a layer at once. group = chunk = all is the paper's way."""
+    recompute: int = 0
+    """Every n-th trained block computes its activations once more in the backward; 0 keeps all of them."""
+    offload_activations: bool = False
+    """What trained parts save for the backward waits in the host's memory."""
+    masters: Literal["fp32", "bf16"] = "fp32"
+    """Element type of trained weights and their gradients and, but for 8-bit optimizers, of the optimizer's state."""
 
 
 @dataclass(frozen=True)

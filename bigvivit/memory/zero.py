@@ -59,6 +59,8 @@ def go_on_without_compiler() -> None:
 class ZeroSharder:
     """ZeRO-3's partitioning of units that have just been filled."""
 
+    forgets_shapes = True
+
     def __init__(self, ds: dict[str, Any]) -> None:
         self.ds = ds
 
