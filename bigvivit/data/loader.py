@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from bigvivit.config import ClipConfig
 from bigvivit.data.augment import augment, crop_views
-from bigvivit.data.decode import VideoReader, open_video
+from bigvivit.data.decode import DecodeError, VideoReader, open_video
 from bigvivit.data.manifest import Clip, Manifest
+from bigvivit.data.pool import Pool
 from bigvivit.data.sampling import random_clip, uniform_clips
 
 
@@ -29,15 +34,11 @@ class Batch:
     indices: Tensor
     """int64 [b], positions in the manifest."""
 
-    def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a GPU copies while it computes."""
-        return Batch(*(tensor.pin_memory() for tensor in (self.clips, self.labels, self.indices)))
-
-
-def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    """(clip, label, index) of each sample into a batch."""
-    clips, labels, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(indices))
+    failed: tuple[tuple[int, str], ...] = ()
+    """(position in the manifest, reason) of each video that could not be read for this batch. In training others take
+    their places; in evaluation they are missing from the tensors, which may then hold no clip at all."""
+    decoders: tuple[str, ...] = ()
+    """Which decoder read each clip."""
 
 
 def window(video: VideoReader, clip: Clip) -> range:
