@@ -5,6 +5,7 @@ Imports no torch: a wrong setting is refused before anything slow starts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,9 @@ from typing import Literal
 from tyro.conf import Positional
 
 from bigvivit.memory.plan import MemoryPlan
+
+TIME_LIMIT = 60.0
+"""Seconds that decoding one clip may take."""
 
 
 class ConfigError(Exception):
@@ -87,11 +91,19 @@ class DataConfig:
     train: Path
     """Manifest of the training clips, CSV or JSONL: path, label, and optionally start and end in seconds."""
     workers: int = 2
-    """Processes per rank that decode videos; 0 decodes in the training process."""
+    """Processes per rank that decode videos; 0 decodes in the training process, which a decoder's crash then ends."""
+    time_limit: float = TIME_LIMIT
+    """Seconds that decoding one clip may take; its worker is then killed and the clip counts as unreadable."""
+    max_failed: float = 0.05
+    """Share of the manifest's clips that may turn out unreadable before training stops; others take their places."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"data.workers={self.workers} must not be negative")
+        if not 0 < self.time_limit < math.inf:
+            raise ConfigError(f"data.time_limit={self.time_limit} is not a number of seconds above 0")
+        if not 0 <= self.max_failed <= 1:
+            raise ConfigError(f"data.max_failed={self.max_failed} is a share: give a number from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

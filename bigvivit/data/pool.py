@@ -11,12 +11,14 @@ executor and has no time limit for a task; pebble has one, but carries arrays th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -33,7 +35,6 @@ from bigvivit.data.decode import DecodeError
 START_SECONDS = 300.0
 """How long a worker may take to import what it needs; a machine that is busy or reads from a network takes its time."""
 PR_SET_PDEATHSIG = 1
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 
 Task = Callable[[Any, np.ndarray | None], Any]
 """Called in a worker as task(argument, slot); the slot is uint8 [slot_bytes]. Must be picklable."""
@@ -81,6 +82,7 @@ class Pool:
         self.threads = [threading.Thread(target=self.supervise, daemon=True) for _ in range(workers)]
         self.pids: set[int] = set()
         """Of the workers that run."""
+        self.closing = False
         for thread in self.threads:
             thread.start()
 
@@ -104,53 +106,59 @@ class Pool:
         return self.inline[slot] if self.slots is None else self.slots.memory[slot]  # type: ignore[index]
 
     def close(self) -> None:
-        """End the workers once they are done with the task in hand; what still waits is cancelled."""
-        while True:
-            try:
-                waiting = self.tasks.get_nowait()
-            except queue.Empty:
-                break
-            if waiting is not None:
-                waiting[0].cancel()
+        """End the workers at once, whatever they are at; what still waits is cancelled."""
+        self.closing = True
+        for pid in list(self.pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for _ in self.threads:
             self.tasks.put(None)
         for thread in self.threads:
             thread.join()
-        self.threads = []
 
     def supervise(self) -> None:
         """One thread: keep one worker alive and feed it."""
         worker: Worker | None = None
         while (item := self.tasks.get()) is not None:
             future, argument, slot = item
+            if self.closing:
+                future.cancel()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 if worker is None or not worker.process.is_alive():  # killed while it waited: no task is to blame
-                    worker = self.start_worker(worker)
-                future.set_result(worker.run(argument, slot, self.time_limit))
-            except WorkerLostError as error:
-                worker = self.end_worker(worker)
+                    self.end_worker(worker)
+                    worker = None
+                    worker = self.start_worker()
+                result = worker.run(argument, slot, self.time_limit)
+            except BaseException as error:
+                if not isinstance(error, DecodeError) or isinstance(error, WorkerLostError):
+                    self.end_worker(worker)  # its slot is about to be used by another
+                    worker = None
                 future.set_exception(error)
-            except Exception as error:
-                future.set_exception(error)
+            else:
+                future.set_result(result)
         self.end_worker(worker)
 
-    def start_worker(self, lost: Worker | None) -> Worker:
+    def start_worker(self) -> Worker:
         """A new worker, ready for its first task. Raises WorkerError."""
-        self.end_worker(lost)
         assert self.slots is not None
-        worker = Worker.start(self.task, self.slots.descriptor, self.shape)
-        self.pids.add(worker.process.pid or 0)
+        worker = Worker.spawn(self.task, self.slots.descriptor, self.shape)
+        self.pids.add(worker.process.pid)
+        try:
+            worker.wait_ready()
+        except WorkerError:
+            self.end_worker(worker)
+            raise
         return worker
 
     def end_worker(self, worker: Worker | None) -> None:
-        """Kill a worker, if there is one, and wait until it is gone: its slot is about to be used by another."""
+        """Kill a worker, if there is one, and wait until it is gone."""
         if worker is not None:
-            self.pids.discard(worker.process.pid or 0)
             worker.process.kill()
             worker.process.join()
             worker.connection.close()
+            self.pids.discard(worker.process.pid)
 
 
 @dataclass
@@ -161,8 +169,8 @@ class Worker:
     connection: Connection
 
     @classmethod
-    def start(cls, task: Task, descriptor: int, shape: tuple[int, int]) -> Worker:
-        """Spawn: decord, CUDA and threads do not survive a fork. Raises WorkerError."""
+    def spawn(cls, task: Task, descriptor: int, shape: tuple[int, int]) -> Worker:
+        """A new process: decord, CUDA and threads do not survive a fork."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -170,15 +178,18 @@ class Worker:
         )
         process.start()
         theirs.close()  # so that the pipe ends with the worker
-        worker = cls(process, ours)
+        return cls(process, ours)
+
+    def wait_ready(self) -> None:
+        """Return once it has imported what it needs. Raises WorkerError."""
+        reason = f"was not ready after {START_SECONDS:.0f} s"
         try:
-            if ours.poll(START_SECONDS) and ours.recv() == "ready":
-                return worker
-            reason = f"was not ready after {START_SECONDS:.0f} s"
+            if self.connection.poll(START_SECONDS):
+                self.connection.recv()
+                return
         except (EOFError, OSError):
-            process.join()
-            reason = describe_exit(process.exitcode)
-        process.kill()
+            self.process.join()
+            reason = describe_exit(self.process.exitcode)
         raise WorkerError(f"a process that decodes videos did not start: it {reason}")
 
     def run(self, argument: Any, slot: int | None, time_limit: float) -> Any:
@@ -229,7 +240,7 @@ def work(shared: SharedDescriptor, connection: Connection, task: Task, shape: tu
     if os.getppid() != parent:
         return
     slots = Slots.open(shared.descriptor, *shape)
-    if "torch" in __import__("sys").modules:  # what the task brought with it
+    if "torch" in sys.modules:  # what the task brought with it
         import torch
 
         torch.set_num_threads(1)
