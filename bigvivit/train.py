@@ -114,6 +114,7 @@ def run_stage(
     import torch
 
     from bigvivit import assemble
+    from bigvivit.data.errors import DecodeError
     from bigvivit.data.loader import build_train_loader
     from bigvivit.memory.apply import apply_plan
     from bigvivit.memory.engine import DdpEngine, PlainEngine
@@ -121,6 +122,7 @@ def run_stage(
     from bigvivit.memory.measure import measure_peak_over_ranks
     from bigvivit.model.towers import Tower
     from bigvivit.training import loop
+    from bigvivit.training.failures import Failures, TooManyFailuresError
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
     from bigvivit.training.state import gather_random, restore_random, restore_scheduler, scheduler_state
@@ -171,6 +173,7 @@ def run_stage(
         rank=rank,
         world=world,
         seed=config.seed,
+        time_limit=config.data.time_limit,
     )
     steps_per_epoch = len(loader) // config.optim.accumulate
     steps = total_steps(config.optim, steps_per_epoch)
@@ -212,6 +215,9 @@ def run_stage(
         (config.out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
         metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}", first_step)
 
+    paths = [clip.path for clip in manifest.clips]
+    failures = Failures(paths, config.data.max_failed, config.out if rank == 0 else None, resume=resumed is not None)
+
     def save(step: int) -> None:
         folder = begin_checkpoint(config.out, step) if rank == 0 else config.out
         keep(config, engine, source, pieces, manifest.classes, folder)
@@ -236,10 +242,16 @@ def run_stage(
             steps=steps,
             log_every=config.log_every,
             metrics=metrics,
+            failures=failures,
             first_step=first_step,
             save_every=config.save_every,
             save=save,
         )
+    except TooManyFailuresError as error:
+        raise ConfigError(str(error)) from None
+    except DecodeError as error:  # this rank has nothing to train on, so that it cannot wait for the others to know
+        print(f"error: rank {rank}: {error}: look at the manifest with `bigvivit check`", file=sys.stderr)
+        sys.exit(2)
     except loop.NonFiniteError as error:
         clips = ", ".join(str(manifest.clips[index].path) for index in error.indices)
         raise ConfigError(
@@ -263,6 +275,7 @@ def run_stage(
             "peak_bytes": peak.peak_bytes,
             "peak_measured_by": peak.how,
             "loss": result.loss,
+            **failures.summary(),
         }
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)  # the finished stage takes their place

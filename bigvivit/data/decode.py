@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigvivit.data.errors import DecodeError
+
 decord.logging.set_level(decord.logging.QUIET)
 av.logging.set_level(av.logging.PANIC)
 
@@ -29,10 +31,6 @@ EXACT_SEEK = ("mov", "matroska", "flv")
 """Containers in which decord and torchcodec find frames by seeking; in AVI, ASF, MPEG-PS and -TS they do not always."""
 MAX_BYTES = 8 << 30
 """Most that the frames of one clip may take: what says that it is larger is damaged, or would end the worker."""
-
-
-class DecodeError(RuntimeError):
-    """A video that cannot be opened or read; names the file."""
 
 
 class VideoReader(Protocol):

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from bigvivit.config import TIME_LIMIT, ClipConfig
 from bigvivit.data.augment import augment, crop_views
-from bigvivit.data.decode import DecodeError, VideoReader, open_video
+from bigvivit.data.decode import VideoReader, open_video
+from bigvivit.data.errors import DecodeError, WorkerLostError
 from bigvivit.data.manifest import Clip, Manifest
-from bigvivit.data.pool import Pool, WorkerLostError
+from bigvivit.data.pool import Pool
 from bigvivit.data.sampling import random_clip, uniform_clips
 
 MAX_REPLACEMENTS = 100

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from bigvivit.data.decode import DecodeError
+from bigvivit.data.errors import DecodeError, WorkerLostError
 
 START_SECONDS = 300.0
 """How long a worker may take to import what it needs; a machine that is busy or reads from a network takes its time."""
@@ -42,10 +42,6 @@ Task = Callable[[Any, np.ndarray | None], Any]
 
 class WorkerError(RuntimeError):
     """A worker that could not start, or an error in our own code inside one."""
-
-
-class WorkerLostError(DecodeError):
-    """A worker that died or was killed for taking too long, with its task."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Pool:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if worker is None or not worker.process.is_alive():  # killed while it waited: no task is to blame
+                if worker is None or worker.is_lost():  # killed while it waited: no task is to blame
                     self.end_worker(worker)
                     worker = None
                     worker = self.start_worker()
@@ -191,6 +187,10 @@ class Worker:
             self.process.join()
             reason = describe_exit(self.process.exitcode)
         raise WorkerError(f"a process that decodes videos did not start: it {reason}")
+
+    def is_lost(self) -> bool:
+        """Whether it is gone, between two tasks: its pipe has ended, as it has nothing to say."""
+        return self.connection.poll(0)
 
     def run(self, argument: Any, slot: int | None, time_limit: float) -> Any:
         """One task. Raises DecodeError, WorkerLostError or WorkerError."""

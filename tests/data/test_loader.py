@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bigvivit.config import ClipConfig
-from bigvivit.data.decode import DecodeError
+from bigvivit.data.errors import DecodeError
 from bigvivit.data.loader import (
     Batch,
     ClipLoader,
