@@ -8,7 +8,6 @@ PyAV, then to torchcodec. tests/data/test_decoders.py holds all of this to frame
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ EXACT_SEEK = ("mov", "matroska", "flv")
 """Containers in which decord and torchcodec find frames by seeking; in AVI, ASF, MPEG-PS and -TS they do not always."""
 MAX_BYTES = 8 << 30
 """Most that the frames of one clip may take: what says that it is larger is damaged, or would end the worker."""
+MAX_RATIO = 50
+"""Of the longer side to the shorter: resized to a height of 256, a line of pixels would fill the memory."""
 
 
 class VideoReader(Protocol):
@@ -95,6 +96,8 @@ def scan_frames(path: Path) -> FrameIndex:
     exact = len(known) == len(pts) and all(first < second for first, second in pairwise(known))
     if fps <= 0:
         raise DecodeError(f"{path} cannot be opened as a video: it has no frame rate")
+    if max(size) > MAX_RATIO * min(size):
+        raise DecodeError(f"{path} cannot be used: its frames are {size[1]} x {size[0]} pixels")
     return FrameIndex(name, fps, tuple(known) if exact else None, closed, len(pts), size)
 
 
@@ -111,9 +114,11 @@ class open_container:  # noqa: N801
             self.container = av.open(str(self.path), metadata_errors="ignore")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise DecodeError(f"{self.path} cannot be opened as a video: {first_line(error)}") from None
-        if not self.container.streams.video:
+        streams = self.container.streams.video
+        lacks = "video stream" if not streams else "known codec" if streams[0].codec_context is None else None
+        if lacks is not None:
             self.container.close()
-            raise DecodeError(f"{self.path} cannot be opened as a video: it has no video stream")
+            raise DecodeError(f"{self.path} cannot be opened as a video: it has no {lacks}")
         return self.container
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -155,14 +160,15 @@ class DecordReader:
 
 
 class PyAVReader:
-    """PyAV: seeks by timestamp and knows each frame by its own; where there are none, decodes from the beginning."""
+    """PyAV: seeks by timestamp and knows each frame by its own; in other containers it decodes from the beginning."""
 
     decoder = "pyav"
 
     def __init__(self, path: Path, index: FrameIndex) -> None:
         self.path, self.fps, self.index = path, index.fps, index
-        # Without timestamps only decoding tells how many frames there are: not every packet is one.
-        self.count = len(index.pts) if index.pts else sum(1 for _ in self.decode(None))
+        # Where timestamps cannot be relied on, only decoding tells how many frames there are: not every packet is one.
+        self.pts = index.pts if index.exact_seek else None
+        self.count = index.count if self.pts else sum(1 for _ in self.decode(None))
         if self.count == 0:
             raise DecodeError(f"{path} holds no frames")
 
@@ -173,20 +179,18 @@ class PyAVReader:
         """See VideoReader."""
         check_read(self.path, indices, len(self), self.index.size)
         wanted = sorted(set(indices))
-        found = self.collect(wanted, self.index.pts) if self.index.pts else None
-        if found is None and not self.index.exact_seek:
-            found = self.collect(wanted, None)  # its seeks landed behind the frame, or timestamps are not as promised
+        found = self.collect(wanted)
         if found is None or len({frame.shape for frame in found.values()}) > 1:
             raise DecodeError(f"{self.path} cannot be decoded: frames are missing, or change their size")
         return torch.from_numpy(np.stack([found[number] for number in indices])).permute(0, 3, 1, 2)
 
-    def collect(self, wanted: Sequence[int], pts: Sequence[int] | None) -> dict[int, np.ndarray] | None:
+    def collect(self, wanted: Sequence[int]) -> dict[int, np.ndarray] | None:
         """The wanted frames by number, found by timestamp or, without, by counting; None where one did not come."""
         found: dict[int, np.ndarray] = {}
         numbered: Iterable[tuple[int, Any]] = enumerate(self.decode(None))
-        if pts is not None:
-            order = {stamp: number for number, stamp in enumerate(pts)}
-            numbered = ((order.get(frame.pts, -1), frame) for frame in self.decode(pts[wanted[0]]))
+        if self.pts is not None:
+            order = {stamp: number for number, stamp in enumerate(self.pts)}
+            numbered = ((order.get(frame.pts, -1), frame) for frame in self.decode(self.pts[wanted[0]]))
         for number, frame in numbered:
             if number == wanted[len(found)]:
                 if frame.is_corrupt:
@@ -205,8 +209,7 @@ class PyAVReader:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             if start is not None:
-                with contextlib.suppress(av.FFmpegError):  # some containers cannot: then from the beginning
-                    container.seek(start, stream=stream, backward=True)
+                container.seek(start, stream=stream, backward=True)
             for packet in container.demux(stream):
                 if packet.size or packet.dts is None:  # the last one, empty, flushes the decoder
                     yield from packet.decode()
