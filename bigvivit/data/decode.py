@@ -123,7 +123,8 @@ class open_container:  # noqa: N801
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.container.close()
-        if isinstance(error, av.FFmpegError | ValueError | OSError | MemoryError):
+        # On damaged files PyAV also fails in ways of its own, with IndexError for one.
+        if isinstance(error, Exception) and not isinstance(error, DecodeError):
             raise DecodeError(f"{self.path} cannot be decoded: {first_line(error)}") from None
 
 
