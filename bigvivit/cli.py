@@ -17,6 +17,7 @@ def main() -> None:
     commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
         "train": (train, "train one stage"),
         "eval": (evaluate, "accuracy of a finished run"),
+        "check": (check, "find the videos of a manifest that cannot be read"),
         "report": (report, "one table of finished and evaluated runs"),
         "demo": (demo, "write the demo's clips"),
     }
@@ -51,6 +52,16 @@ def evaluate(argv: list[str]) -> None:
 
     result = evaluate_run(config)
     print(f"top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  of {result['clips']} clips")
+
+
+def check(argv: list[str]) -> None:
+    """`bigvivit check MANIFEST`; exit code 1 where something was found."""
+    from bigvivit.data.check import CheckConfig, describe, has_findings
+    from bigvivit.data.check import check as check_manifest
+
+    found = check_manifest(tyro.cli(CheckConfig, args=argv, prog="bigvivit check"))
+    print(describe(found), end="")
+    sys.exit(1 if has_findings(found) else 0)
 
 
 def report(argv: list[str]) -> None:

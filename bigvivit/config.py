@@ -14,6 +14,9 @@ from tyro.conf import Positional
 
 from bigvivit.memory.plan import MemoryPlan
 
+TIME_LIMIT = 60.0
+"""Seconds that decoding one clip may take."""
+
 
 class ConfigError(Exception):
     """A setting that cannot be: the message names it, its value, the rule and a fix.
@@ -91,11 +94,19 @@ class DataConfig:
     """Manifest to validate on at every checkpoint and at the end: one centre view of each clip. The best checkpoint is
     then kept beside the last ones."""
     workers: int = 2
-    """Processes per rank that decode videos; 0 decodes in the training process."""
+    """Processes per rank that decode videos; 0 decodes in the training process, which a decoder's crash then ends."""
+    time_limit: float = TIME_LIMIT
+    """Seconds that decoding one clip may take; its worker is then killed and the clip counts as unreadable."""
+    max_failed: float = 0.05
+    """Share of the manifest's clips that may turn out unreadable before training stops; others take their places."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"data.workers={self.workers} must not be negative")
+        if not 0 < self.time_limit < math.inf:
+            raise ConfigError(f"data.time_limit={self.time_limit} is not a number of seconds above 0")
+        if not 0 <= self.max_failed <= 1:
+            raise ConfigError(f"data.max_failed={self.max_failed} is a share: give a number from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

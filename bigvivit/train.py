@@ -151,6 +151,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     import torch
 
     from bigvivit import assemble
+    from bigvivit.data.errors import DecodeError
     from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
     from bigvivit.memory.freeze import count_parameters, describe_frozen
@@ -159,6 +160,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.model.towers import Tower
     from bigvivit.saving import Saver
     from bigvivit.training import loop
+    from bigvivit.training.failures import Failures, TooManyFailuresError
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
     from bigvivit.training.state import restore_random, restore_scheduler
@@ -202,6 +204,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     )
 
     ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
+    ranks |= {"time_limit": config.data.time_limit}
     loader = build_train_loader(config.clip, job.manifest, batch_size=job.micro_batch, **ranks)
     val_loader = None
     if job.val is not None:
@@ -245,6 +248,9 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}", first_step)
 
     saver = Saver(config, engine, source, pieces, job.manifest.classes, zero_stage=zero_stage(job.ds))
+    paths = [clip.path for clip in job.manifest.clips]
+    out = config.out if rank == 0 else None
+    failures = Failures(paths, config.data.max_failed, out, resume=job.progress is not None)
     stop.serve(board, world)
     try:
         result = loop.train(
@@ -254,6 +260,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             steps=steps,
             log_every=config.log_every,
             metrics=metrics,
+            failures=failures,
             first_step=first_step,
             save_every=config.save_every,
             save=saver.checkpoint,
@@ -274,8 +281,13 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             "peak_bytes": peak.peak_bytes,
             "peak_measured_by": peak.how,
             "loss": result.loss,
+            **failures.summary(),
         }
         saver.finish(summary, result.val_top1)
+    except TooManyFailuresError as error:
+        raise ConfigError(str(error)) from None
+    except DecodeError as error:
+        raise ConfigError(f"{error}: look at the manifest with `bigvivit check`") from None
     except loop.NonFiniteError as error:
         clips = ", ".join(str(job.manifest.clips[index].path) for index in error.indices)
         raise ConfigError(

@@ -29,12 +29,13 @@ def test_help_names_every_command() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
         "train",
         "eval",
+        "check",
         "report",
         "demo",
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "check", "report", "demo"])
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -44,7 +45,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, report, demo\n"
+    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, check, report, demo\n"
 
 
 def test_evaluate_and_report(runs: Runs, demo: Path) -> None:

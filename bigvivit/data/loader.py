@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import signal
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-from bigvivit.config import ClipConfig
+from bigvivit.config import TIME_LIMIT, ClipConfig
 from bigvivit.data.augment import augment, crop_views
 from bigvivit.data.decode import VideoReader, open_video
+from bigvivit.data.errors import DecodeError, WorkerLostError
 from bigvivit.data.manifest import Clip, Manifest
+from bigvivit.data.pool import Pool
 from bigvivit.data.sampling import random_clip, uniform_clips
+
+MAX_REPLACEMENTS = 100
+"""Videos tried in place of one that cannot be read: when all of these fail too, something else is wrong."""
+Sample = tuple[Tensor, int, int, str]
+"""Clip, label, position in the manifest, decoder."""
 
 
 @dataclass
@@ -30,15 +41,11 @@ class Batch:
     indices: Tensor
     """int64 [b], positions in the manifest."""
 
-    def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a GPU copies while it computes."""
-        return Batch(*(tensor.pin_memory() for tensor in (self.clips, self.labels, self.indices)))
-
-
-def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
-    """(clip, label, index) of each sample into a batch."""
-    clips, labels, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(indices))
+    failed: tuple[tuple[int, str], ...] = ()
+    """(position in the manifest, reason) of each video that could not be read for this batch. In training others take
+    their places; in evaluation they are missing from the tensors, which may then hold no clip at all."""
+    decoders: tuple[str, ...] = ()
+    """Which decoder read each clip."""
 
 
 def window(video: VideoReader, clip: Clip) -> range:
@@ -67,26 +74,61 @@ def shuffled_order(count: int, generator: torch.Generator) -> Tensor:
             return order
 
 
-class TrainClips(Dataset[tuple[Tensor, int, int]]):
+class Clips(Protocol):
+    """Samples by what a sampler yields."""
+
+    shape: tuple[int, ...]
+    """Of one sample's clip, uint8."""
+    clips: Sequence[Clip]
+
+    def __getitem__(self, item: Any) -> Sample:
+        """Raises DecodeError."""
+        ...
+
+    def index(self, item: Any) -> int:
+        """The position in the manifest of what is asked for."""
+        ...
+
+    def replacement(self, item: Any, attempt: int) -> Any:
+        """What to ask for in place of an item that cannot be read; None to do without. Raises DecodeError."""
+        ...
+
+
+class TrainClips(Dataset[Sample]):
     """A random clip of each video, asked for as (epoch, index)."""
 
     def __init__(self, clip: ClipConfig, clips: Sequence[Clip], seed: int) -> None:
         self.clip, self.clips, self.seed = clip, clips, seed
+        self.shape: tuple[int, ...] = (clip.frames, 3, clip.size, clip.size)
 
-    def __getitem__(self, item: Any) -> tuple[Tensor, int, int]:
+    def __getitem__(self, item: Any) -> Sample:
         epoch, index = item
         source = self.clips[index]
         generator = sample_generator(self.seed, epoch, index)
         video = open_video(source.path)  # here, in the worker: decord's readers do not cross processes
         frames = window(video, source)
         chosen = random_clip(len(frames), self.clip.frames, self.clip.stride, generator)
-        return augment(video.read([frames[i] for i in chosen]), self.clip, generator), source.label, index
+        clip = augment(video.read([frames[i] for i in chosen]), self.clip, generator)
+        return clip, source.label, index, video.decoder
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    def index(self, item: Any) -> int:
+        """See Clips."""
+        return int(item[1])
 
-class EvalClips(Dataset[tuple[Tensor, int, int]]):
+    def replacement(self, item: Any, attempt: int) -> Any:
+        """Other videos in an order that depends on seed, epoch and index only: the same for any workers and ranks."""
+        epoch, index = item
+        if attempt >= min(MAX_REPLACEMENTS, len(self.clips) - 1):
+            path = self.clips[index].path
+            raise DecodeError(f"{path} cannot be read, nor can {attempt} videos drawn in its place")
+        order = torch.randperm(len(self.clips), generator=sample_generator(self.seed, epoch, index, 0))
+        return epoch, int(order[order != index][attempt])
+
+
+class EvalClips(Dataset[Sample]):
     """All views of each video."""
 
     def __init__(
@@ -94,8 +136,9 @@ class EvalClips(Dataset[tuple[Tensor, int, int]]):
     ) -> None:
         self.clip, self.clips = clip, clips
         self.views, self.crops, self.shuffle_frames, self.seed = views, crops, shuffle_frames, seed
+        self.shape: tuple[int, ...] = (views * crops, clip.frames, 3, clip.size, clip.size)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, index: int) -> Sample:
         source = self.clips[index]
         video = open_video(source.path)
         frames = window(video, source)
@@ -105,10 +148,18 @@ class EvalClips(Dataset[tuple[Tensor, int, int]]):
             if self.shuffle_frames:
                 view = view[:, shuffled_order(len(chosen), sample_generator(self.seed, index, number))]
             views.append(view)
-        return torch.cat(views), source.label, index
+        return torch.cat(views), source.label, index, video.decoder
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def index(self, item: Any) -> int:
+        """See Clips."""
+        return int(item)
+
+    def replacement(self, item: Any, attempt: int) -> Any:
+        """None: a video put in place of another would be counted as that one."""
+        return None
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -144,16 +195,136 @@ class ShareOfRank(Sampler[int]):
         return len(self.indices)
 
 
+class ReadSample:
+    """What a worker does: a sample's clip into its slot, and what else there is to know of it back."""
+
+    def __init__(self, dataset: Clips) -> None:
+        self.dataset = dataset
+
+    def __call__(self, item: Any, slot: np.ndarray | None) -> tuple[int, int, str]:
+        assert slot is not None
+        clip, label, index, decoder = self.dataset[item]
+        as_clip(slot, self.dataset.shape).copy_(clip)
+        return label, index, decoder
+
+
+def as_clip(slot: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """A slot's bytes as the clip that they are."""
+    return torch.from_numpy(slot).view(shape)
+
+
+class ClipLoader:
+    """Batches of a dataset in the order of a sampler, read ahead by workers that are kept over epochs.
+
+    Two batches are read ahead, and at least two clips for each worker. Iterating again ends the iteration before.
+    """
+
+    def __init__(
+        self,
+        dataset: Clips,
+        sampler: Any,
+        batch_size: int,
+        workers: int,
+        *,
+        time_limit: float = TIME_LIMIT,
+        keep_last: bool,
+    ) -> None:
+        self.dataset, self.sampler, self.batch_size, self.keep_last = dataset, sampler, batch_size, keep_last
+        depth = 2 * max(batch_size, workers) if workers else 1
+        slot_bytes = int(np.prod(dataset.shape))
+        self.pool = Pool(ReadSample(dataset), workers, time_limit=time_limit, slots=depth, slot_bytes=slot_bytes)
+        self.free = deque(range(depth))
+        self.pending: deque[tuple[Any, Future[Any], int]] = deque()
+        """What was asked of the pool, in order: item, result, slot."""
+        weakref.finalize(self, self.pool.close)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return whole + (self.keep_last and rest > 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.drop_pending()
+        items = list(self.sampler)
+        if not self.keep_last:
+            del items[len(items) // self.batch_size * self.batch_size :]
+        ahead = iter(items)
+        for start in range(0, len(items), self.batch_size):
+            yield self.read_batch(min(self.batch_size, len(items) - start), ahead)
+
+    def read_batch(self, count: int, ahead: Iterator[Any]) -> Batch:
+        """The next `count` samples. Raises DecodeError where nothing can be read in place of one."""
+        pinned = torch.cuda.is_available()  # from where a GPU copies while it computes
+        clips = torch.empty((count, *self.dataset.shape), dtype=torch.uint8, pin_memory=pinned)
+        known: list[tuple[int, int, str]] = []
+        failed: list[tuple[int, str]] = []
+        for _ in range(count):
+            self.read_ahead(ahead)
+            item, future, slot = self.pending.popleft()
+            sample = self.settle(item, future, slot, failed)
+            if sample is not None:
+                source = self.pool.read_slot(slot)
+                assert source is not None
+                clips[len(known)].copy_(as_clip(source, self.dataset.shape))
+                known.append(sample)
+            self.free.append(slot)
+        self.read_ahead(ahead)
+        labels, indices = (
+            torch.tensor([sample[column] for sample in known], dtype=torch.int64, pin_memory=pinned)
+            for column in (0, 1)
+        )
+        return Batch(clips[: len(known)], labels, indices, tuple(failed), tuple(sample[2] for sample in known))
+
+    def read_ahead(self, items: Iterator[Any]) -> None:
+        """Ask for what comes next, as far as there is room."""
+        while self.free:
+            item = next(items, None)
+            if item is None:
+                return
+            slot = self.free.popleft()
+            self.pending.append((item, self.pool.submit(item, slot), slot))
+
+    def settle(self, item: Any, future: Future[Any], slot: int, failed: list[tuple[int, str]]) -> Any:
+        """What is known of this sample, or of the one that takes its place; None where none does."""
+        for attempt in itertools.count():
+            asked = item if attempt == 0 else self.dataset.replacement(item, attempt - 1)
+            if asked is None:
+                return None
+            try:
+                return (future if attempt == 0 else self.pool.submit(asked, slot)).result()
+            except DecodeError as error:
+                index = self.dataset.index(asked)
+                lost = isinstance(error, WorkerLostError)
+                failed.append((index, f"{self.dataset.clips[index].path}: {error}" if lost else str(error)))
+
+    def drop_pending(self) -> None:
+        """Forget what was read ahead; a slot is free once nobody writes to it any more."""
+        for _, future, slot in self.pending:
+            if not future.cancel():
+                with contextlib.suppress(DecodeError):
+                    future.result()
+            self.free.append(slot)
+        self.pending.clear()
+
+
 def build_train_loader(
-    clip: ClipConfig, manifest: Manifest, *, batch_size: int, workers: int, rank: int, world: int, seed: int
-) -> DataLoader[Any]:
+    clip: ClipConfig,
+    manifest: Manifest,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    world: int,
+    seed: int,
+    time_limit: float = TIME_LIMIT,
+) -> ClipLoader:
     """This rank's micro-batches of `batch_size` random clips; `loader.sampler.set_epoch` before each epoch.
 
-    What does not fill a batch is left out. Iterating raises DecodeError for a video that cannot be read.
+    What does not fill a batch is left out. For a video that cannot be read, or not within `time_limit` seconds, another
+    takes its place and `Batch.failed` names it; iterating raises DecodeError where a long row of others fails too.
     """
     dataset = TrainClips(clip, manifest.clips, seed)
     sampler = EpochSampler(dataset, batch_size, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
-    return build_loader(dataset, sampler, batch_size, workers, drop_last=True)
+    return ClipLoader(dataset, sampler, batch_size, workers, time_limit=time_limit, keep_last=False)
 
 
 def build_eval_loader(
@@ -168,38 +339,13 @@ def build_eval_loader(
     seed: int,
     rank: int,
     world: int,
-) -> DataLoader[Any]:
+    time_limit: float = TIME_LIMIT,
+) -> ClipLoader:
     """This rank's share of the videos, each once, all views and crops of a video together: a view's crops in a row.
 
-    `shuffle_frames` permutes the frames of each view, alike in its crops. Iterating raises DecodeError.
+    `shuffle_frames` permutes the frames of each view, alike in its crops. A video that cannot be read is missing from
+    its batch, and `Batch.failed` names it.
     """
     dataset = EvalClips(clip, manifest.clips, views=views, crops=crops, shuffle_frames=shuffle_frames, seed=seed)
-    return build_loader(dataset, ShareOfRank(len(dataset), rank, world), batch_size, workers, drop_last=False)
-
-
-def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach a whole process group: the training process decides, and ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def build_loader(
-    dataset: Dataset[Any], sampler: Sampler[Any], batch_size: int, workers: int, *, drop_last: bool
-) -> DataLoader[Any]:
-    """Workers are spawned, since decord and CUDA do not survive a fork, and kept over epochs.
-
-    PyTorch gives each of them a single thread.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        drop_last=drop_last,
-        generator=torch.Generator(),  # of its own: the global one, which training draws from, must not move with epochs
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=leave_signals,
-        persistent_workers=workers > 0,
-    )
+    sampler = ShareOfRank(len(dataset), rank, world)
+    return ClipLoader(dataset, sampler, batch_size, workers, time_limit=time_limit, keep_last=True)

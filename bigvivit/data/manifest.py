@@ -66,12 +66,17 @@ def read_manifest(path: Path, classes: Sequence[str] | None = None) -> Manifest:
         if end is not None and end <= (start or 0.0):
             faults.append((line, f"end={end} is not after start={start or 0.0}"))
         clips.append(Clip(path.parent / video, numbering.get(label, -1), start, end))
+    raise_faults(path, faults)
+    return Manifest(path, tuple(clips), names)
+
+
+def raise_faults(path: Path, faults: Faults) -> None:
+    """Raise ConfigError that lists these faults, if there are any."""
     if faults:
         faults.sort(key=lambda fault: fault[0])
         shown = "".join(f"\n  - {f'line {line}: ' if line else ''}{what}" for line, what in faults[:SHOWN_FAULTS])
         more = f"\n  - and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise ConfigError(f"manifest {path} cannot be used:{shown}{more}")
-    return Manifest(path, tuple(clips), names)
 
 
 def read_rows(path: Path, faults: Faults) -> list[tuple[int, dict[Any, Any]]]:

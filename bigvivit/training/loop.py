@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,20 @@ import torch.distributed as dist
 from bigvivit.config import OptimConfig
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import measure_peak_over_ranks
+from bigvivit.training.failures import Failures
 from bigvivit.training.metrics import MetricsLog
 from bigvivit.training.step import ClipLoader, LabelledClips, train_step
 from bigvivit.training.validate import validate
 
 WARMUP_STEPS = 3
 """Left out of the time per step: workers start, kernels are chosen, ZeRO-3 records the order of its fetches."""
+
+
+class LoadedClips(LabelledClips, Protocol):
+    """One micro-batch as the loader made it."""
+
+    failed: tuple[tuple[int, str], ...]
+    """(position in the manifest, reason) of each video that another one stands in for."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def train(
     steps: int,
     log_every: int,
     metrics: MetricsLog | None,
+    failures: Failures,
     first_step: int = 0,
     save_every: int = 0,
     save: Callable[[int, float | None], None] | None = None,
@@ -61,7 +71,8 @@ def train(
     """Run up to `steps` optimizer steps, `first_step` of which are done. Every rank calls it; `metrics` is rank 0's.
 
     `save(step, val_top1)` is called on every rank after each `save_every` steps but the last, and after the step at
-    which `stop(step)` says so, the last then. Validation comes before each save and at the end. Raises NonFiniteError.
+    which `stop(step)` says so, the last then. Validation comes before each save and at the end. Raises NonFiniteError,
+    and TooManyFailuresError.
     """
     engine.module.train()
     losses, seconds, loss, val_top1, step = [], [], float("nan"), None, first_step
@@ -69,6 +80,8 @@ def train(
     stream = itertools.islice(micro_batches(loader, optim.accumulate, first_step), steps - first_step)
     for step, (epoch, batches) in enumerate(stream, start=first_step + 1):
         lr = engine.scheduler.get_last_lr()[0]  # before the step, which sets the next one
+        for batch in batches:
+            failures.note(epoch, batch.failed)
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
         if not math.isfinite(result.grad_norm):  # of all ranks, and a number already: no extra wait for the device
             indices = [int(index) for batch in batches for index in batch.indices]
@@ -78,8 +91,11 @@ def train(
         seconds.append(now - before)
         before = now
         if step % log_every == 0 or step == steps:
-            loss = mean_over_ranks(torch.stack(losses).mean())
+            mean = torch.stack(losses).mean()
+            loss, failed = mean_over_ranks(torch.stack([mean, mean.new_tensor(len(failures.pending))]))
             losses.clear()
+            if failed > 0:
+                failures.gather()
             peak = measure_peak_over_ranks(engine.device)
             if metrics is not None:
                 recent = statistics.median(seconds[-log_every:])
@@ -102,6 +118,7 @@ def train(
             if metrics is not None:
                 metrics.report_validation({"step": step, "epoch": epoch, **scores})
         if save is not None and (due or stopping) and step < steps:
+            failures.gather()  # a run that goes on from here must know them
             save(step, val_top1 if due and not stopping else None)
         if stopping:
             break
@@ -109,9 +126,7 @@ def train(
     return LoopResult(step, statistics.median(seconds[WARMUP_STEPS:] or seconds), loss, val_top1)
 
 
-def micro_batches(
-    loader: ClipLoader, accumulate: int, first_step: int = 0
-) -> Iterator[tuple[int, list[LabelledClips]]]:
+def micro_batches(loader: ClipLoader, accumulate: int, first_step: int = 0) -> Iterator[tuple[int, list[LoadedClips]]]:
     """(epoch, micro-batches of one step), without end; what does not fill a step at an epoch's end is dropped."""
     steps_per_epoch = len(loader) // accumulate
     skipped = first_step % steps_per_epoch
@@ -123,10 +138,10 @@ def micro_batches(
         skipped = 0
 
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar over ranks. Every rank must call it."""
+def mean_over_ranks(values: torch.Tensor) -> list[float]:
+    """The mean of each of these numbers [n] over ranks. Every rank must call it."""
     if dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return float(value)
+        values = values.detach().clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return [float(value) for value in values]

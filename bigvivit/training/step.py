@@ -29,7 +29,7 @@ class ClipLoader(Protocol):
 
     sampler: Any
     """Has `set_epoch(epoch, first_batch)`."""
-    batch_size: int | None
+    batch_size: int
     """Clips of a full micro-batch."""
 
     def __len__(self) -> int: ...

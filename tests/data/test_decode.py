@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from bigvivit.data.decode import DecodeError, open_video
+from bigvivit.data.decode import open_video
+from bigvivit.data.errors import DecodeError
 from tests.data.videos import frame_numbers, write_video
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import pytest
 import torch
 
 from bigvivit.config import ClipConfig
-from bigvivit.data.decode import DecodeError
+from bigvivit.data.errors import DecodeError
 from bigvivit.data.loader import (
     Batch,
+    ClipLoader,
     build_eval_loader,
-    build_loader,
     build_train_loader,
     sample_generator,
     shuffled_order,
@@ -42,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def train_batches(manifest: Manifest, epoch: int, **options: Any) -> list[Batch]:
     loader = build_train_loader(CLIP, manifest, **{"workers": 0, "rank": 0, "world": 1, "seed": 7, **options})
-    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    loader.sampler.set_epoch(epoch)
     return list(loader)
 
 
@@ -87,24 +89,31 @@ def test_spawned_workers_change_nothing(manifest: Manifest) -> None:
     """Nor does it matter that they are kept from one epoch to the next."""
     loader = build_train_loader(CLIP, manifest, batch_size=4, workers=2, rank=0, world=1, seed=7)
     for epoch in (1, 2):
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.sampler.set_epoch(epoch)
         assert same(train_batches(manifest, epoch, batch_size=4), list(loader))
 
 
-class Worker(torch.utils.data.Dataset[tuple[torch.Tensor, int, int]]):
-    """Says of the process it is read in: how many threads, and whether it is a worker."""
+class Threads:
+    """Says of the process it is read in how many threads it computes with, and which one it is."""
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return torch.zeros(1), torch.get_num_threads(), int(torch.utils.data.get_worker_info() is not None)
+    shape: tuple[int, ...] = (1,)
+    clips = ()
 
-    def __len__(self) -> int:
-        return 1
+    def __getitem__(self, item: Any) -> tuple[torch.Tensor, int, int, str]:
+        return torch.zeros(1), torch.get_num_threads(), os.getpid(), "none"
+
+    def index(self, item: Any) -> int:
+        return int(item)
+
+    def replacement(self, item: Any, attempt: int) -> Any:
+        return None
 
 
 def test_a_worker_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a worker would start with
-    (batch,) = build_loader(Worker(), torch.utils.data.SequentialSampler(range(1)), 1, 1, drop_last=False)
-    assert (int(batch.labels), int(batch.indices)) == (1, 1)
+    (batch,) = ClipLoader(Threads(), range(1), 1, 1, keep_last=True)
+    assert int(batch.labels) == 1
+    assert int(batch.indices) != os.getpid()
 
 
 def test_a_worker_imports_no_model() -> None:
@@ -114,11 +123,61 @@ def test_a_worker_imports_no_model() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_broken_video_is_named_through_its_worker(manifest: Manifest, tmp_path: Path) -> None:
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    broken = Manifest(manifest.path, (Clip(tmp_path / "broken.mp4", 0),), manifest.classes)
-    with pytest.raises(DecodeError, match=r"broken\.mp4 cannot be opened as a video"):
-        train_batches(broken, 0, batch_size=1, workers=1)
+def with_broken(manifest: Manifest, folder: Path, broken: set[int]) -> Manifest:
+    """The same manifest, whose videos at these positions cannot be read."""
+    (folder / "broken.mp4").write_bytes(b"no video")
+    clips = [replace(c, path=folder / "broken.mp4") if k in broken else c for k, c in enumerate(manifest.clips)]
+    return Manifest(manifest.path, tuple(clips), manifest.classes)
+
+
+def test_others_take_the_place_of_broken_videos(manifest: Manifest, tmp_path: Path) -> None:
+    """The same ones whatever the workers and ranks, and each with its own label."""
+    some = with_broken(manifest, tmp_path, {2, 5})
+    whole, alone = (train_batches(clips, 0, batch_size=6) for clips in (manifest, some))
+    assert same(alone, train_batches(some, 0, batch_size=6, workers=2))
+    shares = [train_batches(some, 0, batch_size=3, rank=rank, world=2) for rank in range(2)]
+    for step, (batch, before) in enumerate(zip(alone, whole, strict=True)):
+        asked = set(before.indices.tolist())
+        kept = [k for k, index in enumerate(before.indices.tolist()) if index not in (2, 5)]
+        assert torch.equal(batch.clips[kept], before.clips[kept])
+        assert batch.labels.tolist() == [index % 3 for index in batch.indices.tolist()]
+        assert not {2, 5} & set(batch.indices.tolist())
+        assert {2, 5} & asked <= {index for index, _ in batch.failed} <= {2, 5}
+        assert all("broken.mp4 cannot be opened as a video" in reason for _, reason in batch.failed)
+        together = [index for share in shares for index in share[step].indices.tolist()]
+        assert sorted(together) == sorted(batch.indices.tolist())
+        assert sorted(f for share in shares for f in share[step].failed) == sorted(batch.failed)
+    assert sum(len(batch.failed) for batch in alone) >= 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_to_take_its_place(workers: int, manifest: Manifest, tmp_path: Path) -> None:
+    none = with_broken(manifest, tmp_path, set(range(COUNT)))
+    with pytest.raises(DecodeError, match=r"broken\.mp4 cannot be read, nor can 12 videos drawn in its place"):
+        train_batches(none, 0, batch_size=2, workers=workers)
+    only = Manifest(none.path, none.clips[:1], none.classes)
+    with pytest.raises(DecodeError, match=r"nor can 0 videos"):
+        train_batches(only, 0, batch_size=1, workers=workers)
+
+
+def test_broken_videos_are_missing_from_evaluation(manifest: Manifest, tmp_path: Path) -> None:
+    whole = as_table(eval_batches(manifest))
+    batches = eval_batches(with_broken(manifest, tmp_path, {0, 4, 5, 6, 7}))
+    assert [len(batch.clips) for batch in batches] == [3, 0, 4, 1]
+    assert [[index for index, _ in batch.failed] for batch in batches] == [[0], [4, 5, 6, 7], [], []]
+    table = as_table(batches)
+    assert table.keys() == whole.keys() - {0, 4, 5, 6, 7}
+    assert all(torch.equal(clip, whole[index][1]) for index, (_, clip) in table.items())
+
+
+def test_an_epoch_left_in_the_middle(manifest: Manifest) -> None:
+    """What was read ahead for it does not come with the next one."""
+    loader = build_train_loader(CLIP, manifest, batch_size=2, workers=2, rank=0, world=1, seed=7)
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        next(iter(loader))
+    loader.sampler.set_epoch(2, first_batch=1)
+    assert same(train_batches(manifest, 2, batch_size=2)[1:], list(loader))
 
 
 def test_clips_stay_between_start_and_end(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bigvivit.config import OptimConfig
+from bigvivit.training.failures import Failures
 from bigvivit.training.loop import micro_batches, train
 from bigvivit.training.metrics import MetricsLog
 from tests.memory.test_engine import batches, build_engine
@@ -20,7 +21,7 @@ class Loader:
     """Seven micro-batches an epoch, remembering what it was told."""
 
     def __init__(self) -> None:
-        self.data = batches(7, 4)
+        self.data = [SimpleNamespace(**vars(batch), failed=()) for batch in batches(7, 4)]
         self.epochs: list[int] = []
         self.sampler = SimpleNamespace(set_epoch=lambda epoch, first_batch: self.epochs.append(epoch))
 
@@ -29,6 +30,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         return iter(self.data)
+
+
+def no_failures() -> Failures:
+    return Failures([], 0.0, None)
 
 
 def test_epochs_are_cut_to_whole_steps() -> None:
@@ -44,7 +49,7 @@ def test_records_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     optim = OptimConfig(lr=0.5, batch_size=8, accumulate=2, epochs=4, warmup_epochs=0)
     engine = build_engine(optim, steps_per_epoch=3)
     metrics = MetricsLog(tmp_path / "metrics.jsonl", 12, "stage 1")
-    result = train(engine, Loader(), optim, steps=12, log_every=5, metrics=metrics)
+    result = train(engine, Loader(), optim, steps=12, log_every=5, metrics=metrics, failures=no_failures())
     metrics.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10, 12]
@@ -62,7 +67,15 @@ def test_the_loss_of_a_record_is_the_mean_since_the_last(tmp_path: Path) -> None
     def run(log_every: int) -> list[float]:
         optim = OptimConfig(lr=0.5, batch_size=8, accumulate=2, epochs=2, warmup_epochs=0)
         metrics = MetricsLog(tmp_path / "metrics.jsonl", 6, "")
-        train(build_engine(optim, 3), Loader(), optim, steps=6, log_every=log_every, metrics=metrics)
+        train(
+            build_engine(optim, 3),
+            Loader(),
+            optim,
+            steps=6,
+            log_every=log_every,
+            metrics=metrics,
+            failures=no_failures(),
+        )
         metrics.close()
         return [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
