@@ -17,7 +17,8 @@ import tyro
 
 from bigvivit.data.decode import open_video
 from bigvivit.data.manifest import read_manifest
-from bigvivit.training.report import format_cell, read_json, write_report
+from bigvivit.training.report import format_cell, write_report
+from bigvivit.training.summary import read_json
 from bigvivit.units import format_count
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from bigvivit.config import ConfigError, EvalConfig
+from bigvivit.config import ConfigError, EvalConfig, PredictConfig
+
+SHOWN_CLASSES, SHOWN_FAILURES = 20, 10
 
 
 def main() -> None:
     """Run the subcommand that the command line names."""
     commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
         "train": (train, "train one stage"),
-        "eval": (evaluate, "accuracy of a finished run"),
+        "eval": (evaluate, "accuracy of trained runs"),
+        "predict": (predict, "what a trained run takes videos for"),
         "check": (check, "find the videos of a manifest that cannot be read"),
-        "report": (report, "one table of finished and evaluated runs"),
+        "report": (report, "a page with curves of each run, and one table of all"),
         "demo": (demo, "write the demo's clips"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -45,13 +49,76 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """`bigvivit eval RUN --manifest …`."""
+    """`bigvivit eval RUN [RUN ...] --manifest …`."""
     config = tyro.cli(EvalConfig, args=argv, prog="bigvivit eval")
 
-    from bigvivit.eval import evaluate_run
+    from bigvivit.eval import evaluate_runs
 
-    result = evaluate_run(config)
-    print(f"top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  of {result['clips']} clips")
+    results = evaluate_runs(config)
+    for result in results:
+        print(describe_result(result))
+    if len(results) > 1:
+        print_table(
+            ["run", "frames", "top-1", "top-5", "not read"],
+            [
+                [
+                    result["run"],
+                    result["frames"],
+                    f"{result['top1']:.1%}",
+                    f"{result['top5']:.1%}",
+                    len(result["failed"]),
+                ]
+                for result in results
+            ],
+        )
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """Classes, the worst first, and the line that counts."""
+    known = [entry for entry in result["per_class"] if entry["clips"]]
+    worst = sorted(known, key=lambda entry: entry["accuracy"])[:SHOWN_CLASSES]
+    print_table(
+        [f"{result['run']}: class", "clips", "correct", "accuracy"],
+        [[entry["class"], entry["clips"], entry["correct"], f"{entry['accuracy']:.1%}"] for entry in worst],
+    )
+    if len(known) > len(worst):
+        print(f"and {len(known) - len(worst)} classes with better accuracy, in eval.json")
+    for entry in result["failed"][:SHOWN_FAILURES]:
+        print(f"not read: {entry['reason']}")
+    line = f"top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  of {result['clips']} clips"
+    failed = len(result["failed"])
+    return line + (f"; {failed} videos could not be read and are not counted" if failed else "")
+
+
+def print_table(headings: list[str], rows: list[list[object]]) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def predict(argv: list[str]) -> None:
+    """`bigvivit predict RUN VIDEO [VIDEO ...]`; exit code 1 where one could not be read."""
+    config = tyro.cli(PredictConfig, args=argv, prog="bigvivit predict")
+
+    from bigvivit.predict import as_json
+    from bigvivit.predict import predict as predict_videos
+
+    failed = False
+    for prediction in predict_videos(config):
+        failed |= prediction.error is not None
+        if config.json:
+            print(json.dumps(as_json(prediction)), flush=True)
+        elif prediction.error is not None:
+            print(f"error: {prediction.error}", file=sys.stderr)
+        else:
+            rows: list[list[object]] = [[label, f"{probability:.1%}"] for label, probability in prediction.labels]
+            print_table([str(prediction.path), "probability"], rows)
+    sys.exit(1 if failed else 0)
 
 
 def check(argv: list[str]) -> None:
@@ -68,16 +135,21 @@ def report(argv: list[str]) -> None:
     """`bigvivit report RUN [RUN ...]`."""
 
     def arguments(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> tuple[Path, ...]:
-        """One table of finished and evaluated runs."""
+        """Write report.md and report.png into each run's folder, and print one table of all."""
         return runs
 
     runs = tyro.cli(arguments, args=argv, prog="bigvivit report")
+    if not runs:
+        raise ConfigError("no run is given: name the folder of at least one")
 
     from rich.console import Console
 
-    from bigvivit.training.report import build_table
+    from bigvivit.training.summary import build_table, write_page
 
+    pages = [write_page(run) for run in runs]
     Console().print(build_table(list(runs)))
+    for page in pages:
+        print(f"wrote {page}")
 
 
 def demo(argv: list[str]) -> None:
@@ -85,3 +157,7 @@ def demo(argv: list[str]) -> None:
     from bigvivit.data.demo import main as demo_main
 
     demo_main(argv)
+
+
+if __name__ == "__main__":
+    main()

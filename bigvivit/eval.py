@@ -1,30 +1,70 @@
-"""`bigvivit eval`: accuracy of a finished run over uniform views and crops."""
+"""`bigvivit eval`: accuracy of trained runs over uniform views and crops, on one process or on several.
+
+`torchrun --nproc_per_node 8 -m bigvivit.cli eval RUN …` shares the videos out: each rank holds the whole model.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigvivit.config import EvalConfig
-from bigvivit.data.manifest import read_manifest
-from bigvivit.training.checkpoint import read_header
+from bigvivit.config import ConfigError, EvalConfig
+from bigvivit.data.manifest import Manifest, read_manifest
+from bigvivit.memory.ranks import rank_and_world, start_process_group
+from bigvivit.training.checkpoint import Header, read_header
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+CONFUSIONS = 20
+"""Of the pairs of classes that are mixed up, this many are written down: the most frequent ones."""
 
 
-def evaluate_run(config: EvalConfig) -> dict[str, Any]:
-    """Evaluate, write `eval.json` (with shuffled frames `eval_shuffled.json`) into the run's folder, and return it."""
-    header = read_header(config.run)
-    manifest = read_manifest(config.manifest, header.classes)
+@dataclass(frozen=True)
+class Outputs:
+    """What a model made of some clips of a manifest, each once."""
 
-    from bigvivit.assemble import choose_device, load_run
-    from bigvivit.data.loader import build_eval_loader
+    indices: list[int]
+    """Positions in the manifest."""
+    logits: Tensor
+    """fp32 [clips, classes] on the CPU, the mean over views and crops."""
+    failed: list[tuple[int, str]]
+    """(position, reason) of each video that could not be read."""
+
+
+def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
+    """Evaluate each run, write `eval.json` and `eval.png` (with shuffled frames `eval_shuffled.…`) into its folder.
+
+    Returns what was written, on rank 0; elsewhere nothing. Raises ConfigError, for all runs before the first starts.
+    """
+    runs = [(run, header := read_header(run), read_manifest(config.manifest, header.classes)) for run in config.runs]
+    rank, world = rank_and_world()
+
+    from bigvivit.assemble import choose_device
 
     device = choose_device(config.device)
+    start_process_group(device, world, deepspeed=False, fsdp=False)
+    results = []
+    for run, header, manifest in runs:
+        outputs = gather_outputs(evaluate_run(run, header, manifest, config, device))
+        if rank == 0:
+            result = {"run": str(run), "frames": header.clip.frames, **describe(config), **score(outputs, manifest)}
+            write_result(run, result, outputs, manifest, config.shuffle_frames)
+            results.append(result)
+    return results
+
+
+def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConfig, device: torch.device) -> Outputs:
+    """This rank's share of the videos through one run's model."""
+    from bigvivit.assemble import load_run
+    from bigvivit.data.loader import build_eval_loader
+
+    rank, world = rank_and_world()
     loader = build_eval_loader(
         header.clip,
         manifest,
@@ -34,40 +74,136 @@ def evaluate_run(config: EvalConfig) -> dict[str, Any]:
         workers=config.workers,
         shuffle_frames=config.shuffle_frames,
         seed=header.seed,
-        rank=0,
-        world=1,
+        rank=rank,
+        world=world,
     )
-    model = load_run(config.run, header, device)
-    result = {
-        **evaluate(model, loader, classes=len(header.classes), device=device),
-        "clips": len(manifest.clips),
+    return collect(load_run(run, header, device), loader, device, classes=len(header.classes))
+
+
+def collect(model: nn.Module, loader: Iterable[Any], device: torch.device, *, classes: int) -> Outputs:
+    """All that a loader gives, through a model."""
+    import torch
+
+    indices: list[int] = []
+    failed: list[tuple[int, str]] = []
+    logits = [torch.empty(0, classes)]
+    for batch, means in mean_logits(model, loader, device):
+        indices += batch.indices.tolist()
+        failed += batch.failed
+        if len(means):
+            logits.append(means)
+    return Outputs(indices, torch.cat(logits), failed)
+
+
+def mean_logits(model: nn.Module, loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """Each batch, and the mean of its views' logits [b, classes] on the CPU (as the original, no probabilities)."""
+    import torch
+    from rich.progress import track
+
+    with torch.inference_mode():
+        for batch in track(loader, description="evaluating", disable=not sys.stdout.isatty()):
+            if len(batch.clips) == 0:
+                yield batch, torch.empty(0, 0)
+                continue
+            views = batch.clips.unbind(1)  # one after the other: memory is that of one view
+            yield batch, torch.stack([model(view).float() for view in views]).mean(0).cpu()
+
+
+def gather_outputs(own: Outputs) -> Outputs:
+    """Those of all ranks on rank 0, in the manifest's order. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    everyone: list[Any] = [own]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    indices = [index for outputs in everyone for index in outputs.indices]
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    logits = torch.cat([outputs.logits for outputs in everyone])
+    failed = sorted(entry for outputs in everyone for entry in outputs.failed)
+    return Outputs([indices[place] for place in order], logits[order], failed)
+
+
+def describe(config: EvalConfig) -> dict[str, Any]:
+    """How it was evaluated."""
+    return {
+        "manifest": str(config.manifest),
         "views": config.views,
         "crops": config.crops,
         "shuffle_frames": config.shuffle_frames,
-        "manifest": str(config.manifest),
     }
-    path = result_path(config.run, config.shuffle_frames)
+
+
+def score(outputs: Outputs, manifest: Manifest) -> dict[str, Any]:
+    """Top-1 and top-5 over the clips that could be read, the same per class, and who is taken for whom.
+
+    Raises ConfigError where no clip could be read.
+    """
+    import torch
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    failed = [{"path": str(manifest.clips[index].path), "reason": reason} for index, reason in outputs.failed]
+    if not outputs.indices:
+        reasons = "".join(f"\n  - {entry['reason']}" for entry in failed[:5])
+        raise ConfigError(f"manifest={manifest.path}: none of its {len(failed)} videos can be read:{reasons}")
+    classes = len(manifest.classes)
+    labels = torch.tensor([manifest.clips[index].label for index in outputs.indices])
+    accuracies = {}
+    for k in (1, 5):
+        top = min(k, classes)
+        # torchmetrics knows no single class; there everybody is right.
+        accuracies[f"top{k}"] = (
+            float(multiclass_accuracy(outputs.logits, labels, classes, top_k=top, average="micro"))
+            if classes > 1
+            else 1.0
+        )
+    counts = confusion(outputs, manifest)
+    per_class = [
+        {"class": name, "clips": int(row.sum()), "correct": int(row[number]), "accuracy": share(row[number], row.sum())}
+        for number, (name, row) in enumerate(zip(manifest.classes, counts, strict=True))
+    ]
+    mixed = sorted(
+        (
+            {"class": manifest.classes[label], "taken_for": manifest.classes[guess], "clips": int(counts[label, guess])}
+            for label, guess in counts.nonzero().tolist()
+            if label != guess
+        ),
+        key=lambda entry: -entry["clips"],
+    )
+    return {
+        "clips": len(outputs.indices),
+        "failed": failed,
+        **accuracies,
+        "per_class": per_class,
+        "most_confused": mixed[:CONFUSIONS],
+    }
+
+
+def share(part: Tensor, whole: Tensor) -> float | None:
+    """None for a class that has no clip."""
+    return float(part / whole) if whole else None
+
+
+def confusion(outputs: Outputs, manifest: Manifest) -> Tensor:
+    """int64 [label, guess]."""
+    import torch
+
+    classes = len(manifest.classes)
+    labels = torch.tensor([manifest.clips[index].label for index in outputs.indices])
+    places = labels * classes + outputs.logits.argmax(1)
+    return torch.bincount(places, minlength=classes**2).view(classes, classes)
+
+
+def write_result(run: Path, result: dict[str, Any], outputs: Outputs, manifest: Manifest, shuffle_frames: bool) -> None:
+    """The numbers, and the picture of the confusion."""
+    from bigvivit.training.plots import draw_confusion
+
+    path = result_path(run, shuffle_frames)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    draw_confusion(path.with_suffix(".png"), confusion(outputs, manifest).numpy(), manifest.classes)
 
 
 def result_path(run: Path, shuffle_frames: bool) -> Path:
     """Where the accuracy of a run is kept."""
     return run / ("eval_shuffled.json" if shuffle_frames else "eval.json")
-
-
-def evaluate(model: nn.Module, loader: Any, *, classes: int, device: torch.device) -> dict[str, float]:
-    """Top-1 and top-5 of each video's logits, averaged over its views (the original does not average probabilities)."""
-    import torch
-    from rich.progress import track
-    from torchmetrics.classification import MulticlassAccuracy
-
-    top1, top5 = (MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(device) for k in (1, 5))
-    with torch.inference_mode():
-        for batch in track(loader, description="evaluating", disable=not sys.stdout.isatty()):
-            views = batch.clips.unbind(1)  # one after the other: memory is that of one view
-            logits = torch.stack([model(view.to(device, non_blocking=True)).float() for view in views]).mean(0)
-            labels = batch.labels.to(device)
-            top1.update(logits, labels)
-            top5.update(logits, labels)
-    return {"top1": float(top1.compute()), "top5": float(top5.compute())}

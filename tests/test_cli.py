@@ -29,13 +29,14 @@ def test_help_names_every_command() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
         "train",
         "eval",
+        "predict",
         "check",
         "report",
         "demo",
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "check", "report", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "check", "report", "demo"])
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -45,7 +46,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, check, report, demo\n"
+    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, predict, check, report, demo\n"
 
 
 def test_evaluate_and_report(runs: Runs, demo: Path) -> None:
@@ -61,7 +62,7 @@ def test_evaluate_and_report(runs: Runs, demo: Path) -> None:
 
 
 def test_a_run_that_is_none(tmp_path: Path) -> None:
-    for words in (["eval", tmp_path, "--manifest", "x.csv"], ["report", tmp_path]):
+    for words in (["eval", tmp_path, "--manifest", "x.csv"], ["report", tmp_path], ["predict", tmp_path, tmp_path]):
         done = call(*words)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")

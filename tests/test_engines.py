@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigvivit.config import EvalConfig
-from bigvivit.eval import evaluate_run
+from bigvivit.eval import evaluate_runs
 from tests.launching import (
     BIN,
     LOSS_TOLERANCE,
@@ -104,9 +104,9 @@ def test_validation_counts_each_clip_once(launcher: str, options: list, runs: Ru
         read_losses(runs["plain1"]), abs=LOSS_TOLERANCE
     )
     config = EvalConfig(
-        run=tmp_path / "run", manifest=tmp_path / "val.csv", views=1, crops=1, batch_size=5, workers=0, device="cpu"
+        runs=(tmp_path / "run",), manifest=tmp_path / "val.csv", views=1, crops=1, batch_size=5, workers=0, device="cpu"
     )
-    assert scores[-1]["val_top1"] == pytest.approx(evaluate_run(config)["top1"])
+    assert scores[-1]["val_top1"] == pytest.approx(evaluate_runs(config)[0]["top1"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["val_top1"] == scores[-1]["val_top1"]
     better = scores[0]["val_top1"] > scores[-1]["val_top1"]

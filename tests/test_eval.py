@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,17 @@ import torch
 from bigvivit.assemble import load_run
 from bigvivit.config import ConfigError, EvalConfig
 from bigvivit.data.loader import build_eval_loader
-from bigvivit.data.manifest import read_manifest
-from bigvivit.eval import evaluate, evaluate_run
+from bigvivit.data.manifest import Clip, Manifest, read_manifest
+from bigvivit.eval import Outputs, collect, confusion, evaluate_runs, score
 from bigvivit.training.checkpoint import TRAINABLES, read_header
-from tests.launching import Runs
+from tests.launching import BIN, ROOT, Runs, environment, free_port
 
 CPU = torch.device("cpu")
+
+
+def make_manifest(labels: list[int], classes: int) -> Manifest:
+    clips = tuple(Clip(Path(f"{index}.mp4"), label) for index, label in enumerate(labels))
+    return Manifest(Path("val.csv"), clips, tuple(f"class {number}" for number in range(classes)))
 
 
 def test_mean_of_logits_and_top_k() -> None:
@@ -30,17 +36,45 @@ def test_mean_of_logits_and_top_k() -> None:
     clips = torch.zeros(2, 2, 1, 3, 1, 1)
     clips[1, :, 0, 0] = 1
     clips[:, 1, 0, 1] = 1
-    batch = SimpleNamespace(clips=clips, labels=torch.tensor([2, 1]))
-    result = evaluate(model, [batch], classes=3, device=CPU)  # type: ignore[arg-type]
+    batch = SimpleNamespace(clips=clips, indices=torch.tensor([0, 1]), failed=((2, "2.mp4 is no video"),))
+    outputs = collect(model, [batch], CPU, classes=3)  # type: ignore[arg-type]
     # Means: [0, 0, 1] is class 2; [1, 2.5, 3] is class 2, its label 1 second.
-    assert result == {"top1": 0.5, "top5": 1.0}
+    result = score(outputs, make_manifest([2, 1, 0], 3))
+    assert (result["top1"], result["top5"], result["clips"]) == (0.5, 1.0, 2)
+    assert result["failed"] == [{"path": "2.mp4", "reason": "2.mp4 is no video"}]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 600])
+def test_scores_against_a_count_by_hand(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(max(classes // 2, 1), (50,), generator=generator).tolist()  # half have no clip
+    logits = torch.randn(50, classes, generator=generator)
+    manifest = make_manifest(labels, classes)
+    result = score(Outputs(list(range(50)), logits, []), manifest)
+    ranks = [sorted(row, reverse=True).index(row[label]) for row, label in zip(logits.tolist(), labels, strict=True)]
+    assert result["top1"] == pytest.approx(sum(rank == 0 for rank in ranks) / 50)
+    assert result["top5"] == pytest.approx(sum(rank < 5 for rank in ranks) / 50)
+    for number, entry in enumerate(result["per_class"]):
+        own = [rank for rank, label in zip(ranks, labels, strict=True) if label == number]
+        assert (entry["clips"], entry["correct"]) == (len(own), own.count(0))
+        assert entry["accuracy"] == (pytest.approx(own.count(0) / len(own)) if own else None)
+    counts = confusion(Outputs(list(range(50)), logits, []), manifest)
+    assert counts.sum() == 50
+    assert int(counts.trace()) == ranks.count(0)
+    assert sum(entry["clips"] for entry in result["most_confused"]) <= 50 - ranks.count(0)
+
+
+def test_nothing_that_can_be_read_is_an_error_not_a_zero() -> None:
+    with pytest.raises(ConfigError, match=r"none of its 1 videos can be read:\n  - 0\.mp4 is empty"):
+        score(Outputs([], torch.empty(0, 3), [(0, "0.mp4 is empty")]), make_manifest([1], 3))
 
 
 @pytest.mark.parametrize("name", ["plain1", "zero2"])
 def test_a_run_is_evaluated_as_its_model_says(name: str, runs: Runs, demo: Path) -> None:
-    config = EvalConfig(run=runs[name], manifest=demo / "val.csv", views=2, crops=1, workers=0, device="cpu")
-    result = evaluate_run(config)
+    config = EvalConfig(runs=(runs[name],), manifest=demo / "val.csv", views=2, crops=1, workers=0, device="cpu")
+    (result,) = evaluate_runs(config)
     assert json.loads((runs[name] / "eval.json").read_text()) == result
+    assert (runs[name] / "eval.png").read_bytes().startswith(b"\x89PNG")
     header = read_header(runs[name])
     model = load_run(runs[name], header, CPU)
     manifest = read_manifest(demo / "val.csv", header.classes)
@@ -56,11 +90,38 @@ def test_a_run_is_evaluated_as_its_model_says(name: str, runs: Runs, demo: Path)
     assert result["top5"] == pytest.approx((ranks < 5).float().mean().item())
 
 
+def test_two_ranks_count_each_clip_once_and_failures_too(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """15 clips and 2 that cannot be read, over two ranks; two runs at once. The same as one process, to the clip."""
+    lines = (demo / "val.csv").read_text().replace("clips/", f"{demo}/clips/").splitlines()
+    (tmp_path / "cut.mp4").write_bytes(b"not a video")
+    lines[3:3] = [f"{tmp_path}/cut.mp4,{line.split(',')[1]}" for line in lines[1:3]]
+    (tmp_path / "val.csv").write_text("\n".join(lines[:18]) + "\n")
+    names = ("plain1", "plain2")
+    config = EvalConfig(
+        runs=tuple(runs[name] for name in names), manifest=tmp_path / "val.csv", views=1, crops=1, batch_size=4,
+        workers=0, device="cpu",
+    )  # fmt: skip
+    alone = evaluate_runs(config)
+    assert [(result["clips"], len(result["failed"])) for result in alone] == [(15, 2)] * 2
+    assert all(str(tmp_path / "cut.mp4") in entry["reason"] for entry in alone[0]["failed"])
+    words = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port(), "-m", "bigvivit.cli", "eval"]
+    words += [*config.runs, "--manifest", config.manifest, "--views", 1, "--crops", 1, "--batch-size", 4]
+    done = subprocess.run(
+        [str(word) for word in (*words, "--workers", 0, "--device", "cpu")],
+        check=False, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, expected in zip(names, alone, strict=True):
+        assert json.loads((runs[name] / "eval.json").read_text()) == expected
+    assert done.stdout.count("of 15 clips; 2 videos could not be read and are not counted") == 2
+
+
 def test_shuffled_frames_are_kept_apart(runs: Runs, demo: Path) -> None:
     config = EvalConfig(
-        run=runs["plain1"], manifest=demo / "val.csv", views=1, crops=1, workers=0, shuffle_frames=True, device="cpu"
-    )
-    result = evaluate_run(config)
+        runs=(runs["plain1"],), manifest=demo / "val.csv", views=1, crops=1, workers=0, shuffle_frames=True,
+        device="cpu",
+    )  # fmt: skip
+    (result,) = evaluate_runs(config)
     assert result["shuffle_frames"] is True
     assert json.loads((runs["plain1"] / "eval_shuffled.json").read_text()) == result
 
@@ -80,6 +141,13 @@ def test_a_header_of_another_model_is_refused(runs: Runs, demo: Path, tmp_path: 
     record = json.loads((tmp_path / "checkpoint.json").read_text())
     record["model"]["temporal_depth"] = 3
     (tmp_path / "checkpoint.json").write_text(json.dumps(record))
-    config = EvalConfig(run=tmp_path, manifest=demo / "val.csv", workers=0, device="cpu")
+    config = EvalConfig(runs=(tmp_path,), manifest=demo / "val.csv", workers=0, device="cpu")
     with pytest.raises(ConfigError, match=r"does not hold the model its header describes \(temporal\.layers\.2"):
-        evaluate_run(config)
+        evaluate_runs(config)
+
+
+def test_all_runs_are_looked_at_before_the_first_starts(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    (runs["plain1"] / "eval.json").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"holds no checkpoint\.json"):
+        evaluate_runs(EvalConfig(runs=(runs["plain1"], tmp_path), manifest=demo / "val.csv", device="cpu"))
+    assert not (runs["plain1"] / "eval.json").exists()

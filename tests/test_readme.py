@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from bench.two_stages import readme_table
-from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from bigvivit.training.progress import flat_settings
 from tests.launching import ROOT
 
@@ -35,9 +35,12 @@ def test_every_linked_file_is_there() -> None:
 
 
 def test_every_setting_the_readme_names_exists() -> None:
-    """Of train and eval; the other words with dashes belong to launchers."""
+    """Of train, eval and predict; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)} | set(EvalConfig.__dataclass_fields__)
-    launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu"}
+    known |= set(PredictConfig.__dataclass_fields__)
+    launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
+    launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}
+    launchers |= {"cpus-per-task", "signal", "requeue"}
     flags = set(re.findall(r"(?<![-\w])--([a-z][a-z._-]*)", README)) - launchers
     assert "clip.no-flip" in flags
     assert {flag for flag in flags if flag.replace(".no-", ".") not in known} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -26,6 +27,15 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
                     yield line.rstrip("\n") + "\n"
 
 
+def open_tensorboard(folder: Path, first_step: int) -> Any:
+    """A writer where TensorBoard is installed, else None. What a killed run wrote after `first_step` is passed over."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
 class MetricsLog:
     """Rank 0's record of training: every reported step as JSON, a moving line on a terminal, plain lines elsewhere."""
 
@@ -36,6 +46,7 @@ class MetricsLog:
             os.replace(kept, path)  # at once: a run that is killed here must not lose its past
             self.file = path.open("a")
         self.total_steps = total_steps
+        self.board = open_tensorboard(path.parent / "tensorboard", first_step)
         self.progress: Progress | None = None
         if sys.stdout.isatty():
             self.progress = Progress(
@@ -76,9 +87,14 @@ class MetricsLog:
         with explain_full_disk(self.path.parent, self.path.name):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+            if self.board is not None:
+                for key in record.keys() - {"step"}:
+                    self.board.add_scalar(key, record[key], record["step"])
 
     def close(self) -> None:
         """Stop the moving line and close the file."""
         if self.progress is not None:
             self.progress.stop()
         self.file.close()
+        if self.board is not None:
+            self.board.close()

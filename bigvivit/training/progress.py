@@ -60,16 +60,17 @@ class Progress:
 
 def flat_settings(config: TrainConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
+    return flatten(asdict(config))
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted names; paths as text."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
+    for key, value in nested.items():
         if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix] = str(value) if isinstance(value, Path) else value
-
-    walk("", asdict(config))
+            flat[f"{prefix}{key}"] = str(value) if isinstance(value, Path) else value
     return flat
 
 

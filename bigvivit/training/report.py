@@ -1,4 +1,4 @@
-"""What a run was, and how runs compare."""
+"""What numbers were taken with: the record of a run, and the reports of benches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from bigvivit.config import ConfigError, TrainConfig
-from bigvivit.units import format_bytes, format_count
+from bigvivit.config import TrainConfig
+from bigvivit.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -121,33 +119,3 @@ def read_command() -> str:
 def read_versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run's folder. Raises ConfigError where it is missing."""
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise ConfigError(f"{path} is not there: has this run finished, and been evaluated?") from None
-
-
-def build_table(runs: list[Path]) -> Table:
-    """One column per finished and evaluated run."""
-    table = Table("", *(str(run) for run in runs), title="bigvivit")
-    summaries = [read_json(run / "summary.json") for run in runs]
-    accuracies = [read_json(run / "eval.json") for run in runs]
-    shuffled = [read_json(path) if (path := run / "eval_shuffled.json").is_file() else None for run in runs]
-    for heading, cells in (
-        ("stage", [str(entry["stage"]) for entry in summaries]),
-        ("frames per clip", [str(entry["frames"]) for entry in summaries]),
-        ("trainable parameters", [format_count(entry["trainable_parameters"]) for entry in summaries]),
-        ("frozen parameters", [format_count(entry["frozen_parameters"]) for entry in summaries]),
-        ("seconds per step", [f"{entry['seconds_per_step']:.3f}" for entry in summaries]),
-        ("peak memory of a rank", [format_bytes(entry["peak_bytes"]) for entry in summaries]),
-        ("measured by", [entry["peak_measured_by"] for entry in summaries]),
-        ("top-1", [f"{entry['top1']:.1%}" for entry in accuracies]),
-        ("top-5", [f"{entry['top5']:.1%}" for entry in accuracies]),
-        ("top-1, frames shuffled", ["-" if entry is None else f"{entry['top1']:.1%}" for entry in shuffled]),
-    ):
-        table.add_row(heading, *cells)
-    return table

@@ -9,8 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from bigvivit.training import metrics
 from bigvivit.training.metrics import MetricsLog
 
+RECORD = {"lr": 0.1, "clips_per_second": 33.2, "peak_bytes": 2**30, "seconds_left": 9.0}
 CODE = """
 import sys
 from pathlib import Path
@@ -47,3 +51,29 @@ def test_a_run_that_goes_on_has_its_past_in_the_file_at_once(tmp_path: Path) -> 
     path.write_text("".join(lines) + '{"ste')
     MetricsLog(path, 10, "stage 1", first_step=3)
     assert path.read_text() == "".join(lines[:3])
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step in (0, 2):  # killed after step 3, gone on from step 2
+        log = MetricsLog(tmp_path / "metrics.jsonl", 5, "stage 1", first_step=first_step)
+        for step in range(first_step + 1, first_step + 4):
+            log.report({"step": step, "loss": step + first_step / 10, **RECORD})
+        log.report_validation({"step": first_step + 3, "val_top1": 0.5, "val_loss": 1.0})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 1)) for event in board.Scalars("loss")] == [
+        (1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2), (5, 5.2),
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == [1, 2, 3.2, 4.2, 5.2]
+
+
+def test_without_tensorboard_nothing_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 5, "stage 1")
+    log.report({"step": 1, "loss": 1.0, **RECORD})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,87 @@
+"""`bigvivit predict`: what a trained run takes videos for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigvivit.config import ConfigError, PredictConfig
+from bigvivit.data.manifest import Clip, Manifest
+from bigvivit.training.checkpoint import read_header
+
+VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv"}
+"""Endings of the files that are taken from a folder; a file given by name may have any."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One video."""
+
+    path: Path
+    labels: list[tuple[str, float]]
+    """The likeliest classes and their probabilities, the likeliest first."""
+    error: str | None = None
+    """Why it could not be read."""
+
+
+def predict(config: PredictConfig) -> Iterator[Prediction]:
+    """Softmax of the mean of logits over views and crops, for each file in turn. Raises ConfigError."""
+    header = read_header(config.run)
+    paths = find_videos(config.paths)
+
+    from bigvivit.assemble import choose_device, load_run
+    from bigvivit.data.loader import build_eval_loader
+    from bigvivit.eval import mean_logits
+
+    device = choose_device(config.device)
+    clips = tuple(Clip(path, label=-1) for path in paths)
+    loader = build_eval_loader(
+        header.clip,
+        Manifest(config.run, clips, header.classes),
+        views=config.views,
+        crops=config.crops,
+        batch_size=1,  # each is told as soon as it is known
+        workers=min(config.workers, len(paths)),
+        shuffle_frames=False,
+        seed=header.seed,
+        rank=0,
+        world=1,
+    )
+    for batch, logits in mean_logits(load_run(config.run, header, device), loader, device):
+        for index, reason in batch.failed:
+            yield Prediction(paths[index], [], reason)
+        for index, row in zip(batch.indices.tolist(), logits.softmax(-1), strict=False):
+            scores, numbers = row.topk(min(SHOWN, len(header.classes)))
+            labels = [
+                (header.classes[number], score) for number, score in zip(numbers.tolist(), scores.tolist(), strict=True)
+            ]
+            yield Prediction(paths[index], labels)
+
+
+def find_videos(given: tuple[Path, ...]) -> list[Path]:
+    """Files as given, and all videos under folders, in the order of their names. Raises ConfigError."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEOS and file.is_file())
+            if not inside:
+                raise ConfigError(
+                    f"{path} holds no video: files that end in {', '.join(sorted(VIDEOS))} are looked for"
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ConfigError(f"{path} is neither a file nor a folder: check the path")
+    return found
+
+
+def as_json(prediction: Prediction) -> dict[str, Any]:
+    """One line of `--json`."""
+    if prediction.error is not None:
+        return {"path": str(prediction.path), "error": prediction.error}
+    labels = [{"label": label, "score": score} for label, score in prediction.labels]
+    return {"path": str(prediction.path), "predictions": labels}

@@ -1,0 +1,120 @@
+"""`bigvivit report`: a run as a page, and runs side by side, finished or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bigvivit.config import ConfigError
+from bigvivit.training.plots import draw_curves
+from bigvivit.training.progress import flatten
+from bigvivit.units import format_bytes, format_count
+
+ROWS = (
+    ("stage", "stage", str),
+    ("frames per clip", "frames", str),
+    ("trainable parameters", "trainable_parameters", format_count),
+    ("frozen parameters", "frozen_parameters", format_count),
+    ("seconds per step", "seconds_per_step", lambda value: f"{value:.3f}"),
+    ("peak memory of a rank", "peak_bytes", format_bytes),
+    ("measured by", "peak_measured_by", str),
+    ("top-1", "top1", lambda value: f"{value:.1%}"),
+    ("top-5", "top5", lambda value: f"{value:.1%}"),
+    ("videos not read", "failed", lambda value: str(len(value))),
+    ("top-1, frames shuffled", "top1_shuffled", lambda value: f"{value:.1%}"),
+)
+"""Heading, key and how it is written."""
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What a run's folder says: `run.json`, and as far as they are there its metrics, summary and accuracies.
+
+    Raises ConfigError for a folder that no training has written to, and for a damaged file.
+    """
+    record = read_json(run / "run.json")
+    metrics = read_metrics(run / "metrics.jsonl")
+    training = [entry for entry in metrics if "loss" in entry]
+    last = {key: training[-1][key] for key in ("seconds_per_step", "peak_bytes")} if training else {}
+    known = {
+        "stage": record["config"]["stage"],
+        "frames": record["config"]["clip"]["frames"],
+        **last,
+        **read_if_there(run / "summary.json"),
+        **read_if_there(run / "eval.json"),
+    }
+    known["top1_shuffled"] = read_if_there(run / "eval_shuffled.json").get("top1")
+    return {"record": record, "metrics": metrics, "known": known, "finished": (run / "summary.json").exists()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder. Raises ConfigError where it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there: give the folder that a training was told with --out") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from None
+    return content
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """`read_json`, and nothing where the file is missing."""
+    return read_json(path) if path.exists() else {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run; the last line of one that is running, or was killed, may be torn."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def cells(known: dict[str, Any]) -> list[tuple[str, str]]:
+    """(heading, value) of each row; a dash for what is not known."""
+    return [(heading, write(known[key]) if known.get(key) is not None else "-") for heading, key, write in ROWS]
+
+
+def build_table(runs: list[Path]) -> Table:
+    """One column per run."""
+    table = Table("", *(str(run) for run in runs), title="bigvivit")
+    columns = [cells(read_run(run)["known"]) for run in runs]
+    for row in zip(*columns, strict=True):
+        table.add_row(row[0][0], *(value for _, value in row))
+    return table
+
+
+def write_page(run: Path) -> Path:
+    """`report.md` and `report.png` in the run's folder: numbers, curves, settings, environment."""
+    found = read_run(run)
+    record, metrics, known = found["record"], found["metrics"], found["known"]
+    lines = [f"# {run.name}", ""]
+    if not found["finished"]:
+        steps = metrics[-1]["step"] if metrics else 0
+        lines += [f"Not finished: {steps} steps are logged.", ""]
+    if "top1" not in known:
+        lines += ["Not evaluated: `bigvivit eval` adds accuracies.", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {heading} | {value} |" for heading, value in cells(known)), ""]
+    if metrics:
+        draw_curves(run / "report.png", {run.name: metrics})
+        lines += ["![Loss, validation, learning rate and memory by step](report.png)", ""]
+    if "per_class" in known:
+        lines += ["## Classes", "", "| class | clips | correct | accuracy |", "| --- | --- | --- | --- |"]
+        for entry in known["per_class"]:
+            accuracy = "-" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
+            lines.append(f"| {entry['class']} | {entry['clips']} | {entry['correct']} | {accuracy} |")
+        lines += ["", "![Who is taken for whom](eval.png)", ""]
+    for title, entries in (("in training", known.get("failed_clips")), ("in evaluation", known.get("failed"))):
+        if entries:
+            lines += [f"## Videos that could not be read {title}", ""]
+            lines += [f"- {entry['path']}: {entry['reason']}" for entry in entries] + [""]
+    lines += ["## Settings", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in flatten(record["config"]).items()]
+    lines += ["", "## Environment", "", "| | |", "| --- | --- |"]
+    environment = {key: value for key, value in record.items() if key != "config"}
+    lines += [f"| {name} | {value} |" for name, value in flatten(environment).items()]
+    path = run / "report.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,77 @@
+"""Pages of runs: finished, stopped, never evaluated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bigvivit.config import ConfigError
+from bigvivit.training.summary import build_table, write_page
+from tests.launching import Runs
+
+
+@pytest.fixture
+def run(runs: Runs, tmp_path: Path) -> Path:
+    """A copy of a run as training left it."""
+    shutil.copytree(runs["plain2"], tmp_path / "run", ignore=shutil.ignore_patterns("eval*", "report*"))
+    return tmp_path / "run"
+
+
+def read_rows(page: Path) -> dict[str, str]:
+    cells = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: row[1] for row in cells if len(row) == 2}
+
+
+def test_a_finished_run_that_was_not_evaluated(run: Path) -> None:
+    page = write_page(run)
+    text, rows = page.read_text(), read_rows(page)
+    assert "Not evaluated: `bigvivit eval`" in text
+    assert "Not finished" not in text
+    summary = json.loads((run / "summary.json").read_text())
+    assert rows["seconds per step"] == f"{summary['seconds_per_step']:.3f}"
+    assert rows["top-1"] == "-"
+    assert rows["clip.frames"] == "16"
+    assert rows["versions.torch"]
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_killed_while_it_wrote(run: Path) -> None:
+    (run / "summary.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    text = write_page(run).read_text()
+    assert "Not finished: 5 steps are logged." in text
+
+
+def test_accuracies_classes_and_failures(run: Path) -> None:
+    per_class = [{"class": "a", "clips": 2, "correct": 1, "accuracy": 0.5}]
+    per_class.append({"class": "b", "clips": 0, "correct": 0, "accuracy": None})
+    failed = [{"path": "x.mp4", "reason": "x.mp4 is cut"}]
+    accuracy = {"top1": 0.5, "top5": 1.0, "clips": 2, "failed": failed, "per_class": per_class}
+    (run / "eval.json").write_text(json.dumps(accuracy))
+    (run / "eval_shuffled.json").write_text(json.dumps({"top1": 0.25}))
+    page = write_page(run)
+    rows, text = read_rows(page), page.read_text()
+    assert (rows["top-1"], rows["top-1, frames shuffled"], rows["videos not read"]) == ("50.0%", "25.0%", "1")
+    assert "| a | 2 | 1 | 50.0% |" in text
+    assert "| b | 0 | 0 | - |" in text
+    assert "- x.mp4: x.mp4 is cut" in text
+
+
+def test_a_table_of_runs_side_by_side(runs: Runs, run: Path) -> None:
+    console = Console(width=200, record=True)
+    console.print(build_table([runs["zero1"], run]))
+    (frames,) = (line for line in console.export_text().splitlines() if "frames per clip" in line)
+    assert [cell.strip() for cell in frames.split("│")[2:4]] == ["8", "16"]
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.json is not there: give the folder"):
+        write_page(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        write_page(tmp_path)
