@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from bigvivit.config import ConfigError, EvalConfig
+from bigvivit.config import ConfigError, EvalConfig, ReplayConfig
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
         "train": (train, "train one stage"),
         "eval": (evaluate, "accuracy of a finished run"),
         "report": (report, "one table of finished and evaluated runs"),
+        "replay": (replay, "what GPU memory fragmentation cost, from a memory snapshot"),
         "demo": (demo, "write the demo's clips"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -67,6 +68,15 @@ def report(argv: list[str]) -> None:
     from bigvivit.training.report import build_table
 
     Console().print(build_table(list(runs)))
+
+
+def replay(argv: list[str]) -> None:
+    """`bigvivit replay SNAPSHOT`."""
+    config = tyro.cli(ReplayConfig, args=argv, prog="bigvivit replay")
+
+    from bigvivit.forecast.replay_report import replay_snapshot
+
+    replay_snapshot(config)
 
 
 def demo(argv: list[str]) -> None:

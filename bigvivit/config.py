@@ -243,3 +243,24 @@ class EvalConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Replay the GPU allocations of a memory snapshot through a model of PyTorch's allocator: what fragmentation cost,
+    and what other settings would have done. Needs no GPU; nothing in the file is run."""
+
+    snapshot: Positional[Path]
+    """File of `torch.cuda.memory._dump_snapshot`, recorded after `_record_memory_history()`; or a published trace in
+    gzip JSON lines."""
+    conf: str | None = None
+    """PYTORCH_ALLOC_CONF it was recorded under, where the file does not say, such as `expandable_segments:True`."""
+    try_conf: tuple[str, ...] = ()
+    """Further settings to try, each as in PYTORCH_ALLOC_CONF."""
+    capacity: str | None = None
+    """Device memory for the settings that are tried, such as `22.5GiB` [default: as in the recording, where that can be
+    seen]."""
+    device: int | None = None
+    """Which device, where the snapshot holds events of several."""
+    json: bool = False
+    """Print JSON instead of a table, all in bytes."""

@@ -89,7 +89,7 @@ def parse_conf(text: str) -> AllocatorSettings:
         elif key not in MODELLED and key not in NOT_MODELLED:
             raise fault(item, f"{key} is none of PyTorch's keys", f"one of {', '.join(MODELLED)}")
         found[key] = value
-    large = read_mebibytes(found, "large_segment_size_mb", least=3) or 20 * MiB
+    large = read_mebibytes(found, "large_segment_size_mb", least=11) or 20 * MiB
     # Like torch, which checks both against the segment size; the default of 20 MiB stays where neither is given.
     split = read_mebibytes(found, "max_split_size_mb", least=large // MiB)
     rounding = read_mebibytes(found, "max_non_split_rounding_mb", least=large // MiB)
@@ -97,7 +97,7 @@ def parse_conf(text: str) -> AllocatorSettings:
         expandable_segments=read_bool(found, "expandable_segments"),
         max_split_bytes=split,
         max_non_split_rounding_bytes=rounding or 20 * MiB,
-        roundup_power2_divisions=read_divisions(found.get("roundup_power2_divisions", "0")),
+        roundup_power2_divisions=read_divisions(found.get("roundup_power2_divisions", "[>:0]")),
         garbage_collection_threshold=read_share(found, "garbage_collection_threshold", default=0.0, ends=False),
         per_process_memory_fraction=read_share(found, "per_process_memory_fraction", default=1.0, ends=True),
         large_segment_bytes=large,
@@ -162,7 +162,7 @@ def read_divisions(value: str) -> tuple[int, ...]:
         return number
 
     if not value.startswith("["):
-        return (power(value, zero=value == "0"),) * INTERVALS
+        return (power(value, zero=False),) * INTERVALS
     if not value.endswith("]"):
         raise fault(item, "the list has no closing bracket", "write [256:1,512:2,>:4]")
     divisions, last = [0] * INTERVALS, None

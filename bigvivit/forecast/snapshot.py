@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
 from bigvivit.forecast.allocator import SMALL_REQUEST, SMALL_SEGMENT, Allocator
-from bigvivit.units import GiB, format_bytes
+from bigvivit.units import GiB, MiB, format_bytes
 
 LARGEST_FILE = 4 * GiB
 KINDS = {
@@ -32,7 +32,7 @@ KINDS = {
 
 class Event(NamedTuple):
     """One line of a trace. Kinds: a allocated, r free requested, f free completed, S s M U as in `SegmentEvent`,
-    o out of memory. Programs (`forecast.replay.simulate`) know further ones."""
+    o out of memory. Programs (`forecast.simulate`) know further ones."""
 
     kind: str
     address: int
@@ -217,7 +217,7 @@ def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings)
         page: (segment.stream, segment.small)
         for segment in final
         if segment.expandable
-        for page in range(segment.address, segment.address + segment.size, SMALL_SEGMENT)
+        for page in range(segment.address, segment.address + segment.size, MiB)
     }
     live = {address: (size, requested) for segment in final for address, size, requested in segment.live}
     broken = "its events do not lead to its final state: "
@@ -232,24 +232,24 @@ def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings)
         elif kind == "s":
             segments[address] = Segment(address, size, stream, size == SMALL_SEGMENT, False, ())
         elif kind == "M":
-            for page in range(address, address + size, SMALL_SEGMENT):
+            for page in range(address, address + size, MiB):
                 expect(pages.pop(page, None) is not None, f"{broken}the page at {page:#x} is missing")
         elif kind == "U":
             small = bool(size % settings.large_segment_bytes)
-            pages.update(dict.fromkeys(range(address, address + size, SMALL_SEGMENT), (stream, small)))
+            pages.update(dict.fromkeys(range(address, address + size, MiB), (stream, small)))
     ranges = [*segments.values(), *join_pages(pages)]
     return tuple(place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
 
 
 def join_pages(pages: dict[int, tuple[int, bool]]) -> list[Segment]:
-    """Neighbouring pages of one stream and pool as one range."""
+    """Neighbouring MiB of one stream and pool as one range."""
     ranges: list[Segment] = []
     for page, (stream, small) in sorted(pages.items()):
         last = ranges[-1] if ranges else None
         if last and (last.address + last.size, last.stream, last.small) == (page, stream, small):
-            ranges[-1] = replace(last, size=last.size + SMALL_SEGMENT)
+            ranges[-1] = replace(last, size=last.size + MiB)
         else:
-            ranges.append(Segment(page, SMALL_SEGMENT, stream, small, True, ()))
+            ranges.append(Segment(page, MiB, stream, small, True, ()))
     return ranges
 
 
