@@ -41,7 +41,7 @@ def format_count(count: int) -> str:
 
 def parse_bytes(text: str) -> int:
     """Bytes of `22.5GiB`, `512 MiB`, `80e9` or `24GB` (decimal). Raises ValueError for anything else or nothing."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?)B|B)?", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*(?:([KMGT])(i?)B|B)?", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no amount of memory")
     number, prefix, binary = match.groups()

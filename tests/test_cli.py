@@ -30,11 +30,12 @@ def test_help_names_every_command() -> None:
         "train",
         "eval",
         "report",
+        "replay",
         "demo",
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "report", "replay", "demo"])
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -44,7 +45,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, report, demo\n"
+    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, report, replay, demo\n"
 
 
 def test_evaluate_and_report(runs: Runs, demo: Path) -> None:

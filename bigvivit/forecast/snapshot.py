@@ -15,6 +15,7 @@ import resource
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +25,7 @@ from bigvivit.forecast.allocator import SMALL_REQUEST, SMALL_SEGMENT, Allocator
 from bigvivit.units import GiB, MiB, format_bytes
 
 LARGEST_FILE = 4 * GiB
+LARGEST_BLOCK = 4096 * GiB  # no device has as much
 KINDS = {
     **{"alloc": "a", "free_requested": "r", "free_completed": "f", "segment_alloc": "S", "segment_free": "s"},
     **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
@@ -94,9 +96,9 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
             packed = file.read(2) == b"\x1f\x8b"
         with limited_memory(64 * size + GiB):
             if packed:
-                return read_jsonl(path, conf)
+                return check_blocks(read_jsonl(path, conf))
             with path.open("rb") as file:
-                return from_snapshot(PlainUnpickler(file).load(), path.name, device, conf)
+                return check_blocks(from_snapshot(PlainUnpickler(file).load(), path.name, device, conf))
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be replayed: {error}") from None
     except OSError as error:
@@ -136,7 +138,7 @@ def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             header = json.loads(next(file, ""))
             rows = [json.loads(line) for line in file]
-    except (EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"it is cut short or no JSON lines ({error})") from None
     expect(isinstance(header, dict) and "expandable" in header, "its first line is no header with `expandable`")
     count = header.get("n_events", len(rows))
@@ -188,8 +190,28 @@ def to_event(kind: str, address: int, size: int, stream: int) -> Event:
     expect(
         kind in KINDS.values() and all(type(number) is int for number in numbers), f"event {kind!r} {numbers} is none"
     )
-    expect(address >= 0 and size >= 0 and (size > 0 or kind not in "aSsMU"), f"event {kind!r} {numbers} has no size")
+    expect(0 <= address < 1 << 63 and 0 <= size < LARGEST_BLOCK, f"event {kind!r} {numbers} is out of range")
+    expect(size > 0 or kind not in "aSsMU", f"event {kind!r} {numbers} has no size")
     return Event(kind, address, size, stream)
+
+
+def check_blocks(trace: Trace) -> Trace:
+    """The trace, if only blocks that are there are freed, and none is put where one is; else a ConfigError."""
+    live = {address for segment in trace.initial for address, _, _ in segment.live}
+    requested: set[int] = set()
+    for kind, address, _, _ in trace.events:
+        if kind == "a":
+            expect(address not in live, f"it allocates a block at {address:#x}, where one is")
+            live.add(address)
+        elif kind in "rf":
+            expect(address in live, f"it frees a block at {address:#x}, where none is")
+            if kind == "r":
+                expect(address not in requested, f"it frees the block at {address:#x} twice")
+                requested.add(address)
+            else:
+                live.discard(address)
+                requested.discard(address)
+    return trace
 
 
 def read_segment(raw: Any) -> Segment:
@@ -201,6 +223,7 @@ def read_segment(raw: Any) -> Segment:
         if block["state"] != "inactive":
             live.append((address, block["size"], block.get("requested_size", block["size"])))
         address += block["size"]
+    expect(0 < raw["total_size"] < LARGEST_BLOCK, f"a segment of {raw['total_size']} B is out of range")
     small, expandable = raw["segment_type"] == "small", bool(raw.get("is_expandable", False))
     return Segment(raw["address"], raw["total_size"], raw["stream"], small, expandable, tuple(live))
 
@@ -259,7 +282,7 @@ def place(segment: Segment, live: dict[int, tuple[int, int]], settings: Allocato
     inside = sorted(address for address in live if segment.address <= address < end)
     round_size = Allocator(replace(settings, per_process_memory_fraction=1.0)).round_size
     blocks = []
-    for address, behind in zip(inside, [*inside[1:], end], strict=True):
+    for address, behind in pairwise([*inside, end]):
         size, requested = live[address]
         if not size:
             size = round_size(requested)
