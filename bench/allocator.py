@@ -100,6 +100,7 @@ def replay_trace(path: Path, repeats: int) -> dict[str, Any]:
         "peak_reserved_bytes": found.run.peak_reserved_bytes,
         "recorded_peak_reserved_bytes": found.recorded_peak_reserved_bytes,
         "segment_events": found.segment_events,
+        "segments_given_back": sum(event.kind in "sU" for event in trace.events),
         "segment_events_matching": found.segment_events_matching,
         "blocks": found.blocks,
         "blocks_at_recorded_address": found.blocks_matching,

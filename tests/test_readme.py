@@ -28,6 +28,23 @@ def test_the_table_is_the_linked_reports() -> None:
     assert all(row["evidence"] == "measured" for row in record["rows"])
 
 
+def test_what_the_allocator_was_held_to() -> None:
+    (report,) = set(re.findall(r"bench/results/(allocator_\S+)\.md", README))
+    rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    traces = [row for row in rows if row["program"] != "synthetic"]
+    assert all(row["exact"] for row in traces)
+    placed = sum(row["blocks"] == row["blocks_at_recorded_address"] for row in traces)
+    asked, freed = (sum(row[key] > 0 for row in traces) for key in ("segment_events", "segments_given_back"))
+    text = " ".join(README.split())
+    assert f"On {len(traces)} recordings that others published" in text
+    assert f"in {placed} of them it also puts every block at its recorded address" in text
+    assert (f"In {asked} of them segments are asked for at all, in three given back", freed) == (
+        re.findall(r"In \d+ of them segments are asked for at all, in three given back", text)[0],
+        3,
+    )
+    assert all(row["seconds"] <= 2 for row in rows)
+
+
 def test_every_linked_file_is_there() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
