@@ -8,6 +8,10 @@ splitting, coalescing, sizes and order of segments, flushes and retries, and how
 the source and confirmed by no trace: `record_stream`, `max_split_size_mb`, `roundup_power2_divisions`, garbage
 collection, a memory fraction, another large segment size, unmapping, several streams. Not modelled: CUDA graphs and
 private pools, `PYTORCH_NO_CUDA_MEMORY_CACHING`, `backend:cudaMallocAsync`.
+
+The recordings come from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment
+before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`); that is not modelled
+yet, so there the model may choose another of several equal blocks.
 """
 
 from __future__ import annotations
