@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from bigvivit.config import ConfigError, EvalConfig, PredictConfig
+from bigvivit.config import ConfigError, EvalConfig
 
 SHOWN_CLASSES, SHOWN_FAILURES = 20, 10
 
@@ -23,6 +23,7 @@ def main() -> None:
         "predict": (predict, "what a trained run takes videos for"),
         "check": (check, "find the videos of a manifest that cannot be read"),
         "report": (report, "a page with curves of each run, and one table of all"),
+        "replay": (replay, "what GPU memory fragmentation cost, from a memory snapshot"),
         "demo": (demo, "write the demo's clips"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -103,10 +104,10 @@ def print_table(headings: list[str], rows: list[list[object]]) -> None:
 
 def predict(argv: list[str]) -> None:
     """`bigvivit predict RUN VIDEO [VIDEO ...]`; exit code 1 where one could not be read."""
-    config = tyro.cli(PredictConfig, args=argv, prog="bigvivit predict")
-
-    from bigvivit.predict import as_json
+    from bigvivit.predict import PredictConfig, as_json
     from bigvivit.predict import predict as predict_videos
+
+    config = tyro.cli(PredictConfig, args=argv, prog="bigvivit predict")
 
     failed = False
     for prediction in predict_videos(config):
@@ -150,6 +151,13 @@ def report(argv: list[str]) -> None:
     Console().print(build_table(list(runs)))
     for page in pages:
         print(f"wrote {page}")
+
+
+def replay(argv: list[str]) -> None:
+    """`bigvivit replay SNAPSHOT`."""
+    from bigvivit.forecast.replay_report import ReplayConfig, replay_snapshot
+
+    replay_snapshot(tyro.cli(ReplayConfig, args=argv, prog="bigvivit replay"))
 
 
 def demo(argv: list[str]) -> None:

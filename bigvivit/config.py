@@ -299,31 +299,3 @@ class EvalConfig:
             raise ConfigError(f"workers={self.workers} must not be negative")
         if not self.runs:
             raise ConfigError("no run is given: name the folder of at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Say what videos show, by a trained run: the five likeliest classes with their probabilities."""
-
-    run: Positional[Path]
-    """Folder that training wrote."""
-    paths: Positional[tuple[Path, ...]]
-    """Videos, and folders of videos."""
-    json: bool = False
-    """One JSON object a line, for programs."""
-    views: int = 4
-    """Clips per video, their starts spread evenly."""
-    crops: Literal[1, 3] = 3
-    """1: centre. 3: start, centre and end of the longer side."""
-    workers: int = 2
-    """Processes that decode videos; 0 decodes in this process."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is CUDA where there is one."""
-
-    def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ConfigError(f"views={self.views} must be at least 1")
-        if self.workers < 0:
-            raise ConfigError(f"workers={self.workers} must not be negative")
-        if not self.paths:
-            raise ConfigError("no videos are given: name files or folders after the run")

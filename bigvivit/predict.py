@@ -5,15 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bigvivit.config import ConfigError, PredictConfig
+from tyro.conf import Positional
+
+from bigvivit.config import ConfigError
 from bigvivit.data.manifest import Clip, Manifest
 from bigvivit.training.checkpoint import read_header
 
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv"}
 """Endings of the files that are taken from a folder; a file given by name may have any."""
 SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Say what videos show, by a trained run: the five likeliest classes with their probabilities."""
+
+    run: Positional[Path]
+    """Folder that training wrote."""
+    paths: Positional[tuple[Path, ...]]
+    """Videos, and folders of videos."""
+    json: bool = False
+    """One JSON object a line, for programs."""
+    views: int = 4
+    """Clips per video, their starts spread evenly."""
+    crops: Literal[1, 3] = 3
+    """1: centre. 3: start, centre and end of the longer side."""
+    workers: int = 2
+    """Processes that decode videos; 0 decodes in this process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ConfigError(f"views={self.views} must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers} must not be negative")
+        if not self.paths:
+            raise ConfigError("no videos are given: name files or folders after the run")
 
 
 @dataclass(frozen=True)

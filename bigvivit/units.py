@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -38,3 +39,15 @@ def format_count(count: int) -> str:
         if abs(count) >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `22.5GiB`, `512 MiB`, `80e9` or `24GB` (decimal). Raises ValueError for anything else or nothing."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*(?:([KMGT])(i?)B|B)?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no amount of memory")
+    number, prefix, binary = match.groups()
+    count = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
+    if count <= 0:
+        raise ValueError(f"{text!r} is no amount of memory")
+    return count

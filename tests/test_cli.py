@@ -32,11 +32,12 @@ def test_help_names_every_command() -> None:
         "predict",
         "check",
         "report",
+        "replay",
         "demo",
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "check", "report", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "check", "report", "replay", "demo"])
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -46,7 +47,8 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: bigvivit has no command 'trian': one of train, eval, predict, check, report, demo\n"
+    known = "train, eval, predict, check, report, replay, demo"
+    assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 
 def test_evaluate_and_report(runs: Runs, demo: Path) -> None:

@@ -72,10 +72,16 @@ def test_the_rule_sees_a_fault() -> None:
     assert faults("units", {"bigvivit.config.ConfigError"})
     assert faults("training.loop", {"deepspeed"})
     assert faults("data.loader", {"tests.conftest.clip"})
+    assert faults("forecast.replay", {"bigvivit.training.loop.train"})
+    assert not faults("forecast.replay", {"bigvivit.training.step.train_step", "bigvivit.units.MiB"})
     assert not faults("train", {"bigvivit.model.vivit.ViViT"})
 
 
-@pytest.mark.parametrize("module", ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval"])
+WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval"]
+WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_what_needs_no_torch_imports_none(module: str) -> None:
     code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

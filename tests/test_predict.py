@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bigvivit.assemble import load_run
-from bigvivit.config import ConfigError, PredictConfig
+from bigvivit.config import ConfigError
 from bigvivit.data.loader import build_eval_loader
 from bigvivit.data.manifest import read_manifest
-from bigvivit.predict import find_videos, predict
+from bigvivit.predict import PredictConfig, find_videos, predict
 from bigvivit.training.checkpoint import read_header
 from tests.launching import Runs
 from tests.test_cli import call

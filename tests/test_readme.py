@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from bench.two_stages import readme_table
-from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from bigvivit.forecast.replay_report import ReplayConfig
+from bigvivit.predict import PredictConfig
 from bigvivit.training.progress import flat_settings
 from tests.launching import ROOT
 
@@ -28,6 +30,23 @@ def test_the_table_is_the_linked_reports() -> None:
     assert all(row["evidence"] == "measured" for row in record["rows"])
 
 
+def test_what_the_allocator_was_held_to() -> None:
+    (report,) = set(re.findall(r"bench/results/(allocator_\S+)\.md", README))
+    rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    traces = [row for row in rows if row["program"] != "synthetic"]
+    assert all(row["exact"] for row in traces)
+    placed = sum(row["blocks"] == row["blocks_at_recorded_address"] for row in traces)
+    asked, freed = (sum(row[key] > 0 for row in traces) for key in ("segment_events", "segments_given_back"))
+    text = " ".join(README.split())
+    assert f"On {len(traces)} recordings that others published" in text
+    assert f"in {placed} of them it also puts every block at its recorded address" in text
+    assert (f"In {asked} of them segments are asked for at all, in three given back", freed) == (
+        re.findall(r"In \d+ of them segments are asked for at all, in three given back", text)[0],
+        3,
+    )
+    assert all(row["seconds"] <= 2 for row in rows)
+
+
 def test_every_linked_file_is_there() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
@@ -35,9 +54,10 @@ def test_every_linked_file_is_there() -> None:
 
 
 def test_every_setting_the_readme_names_exists() -> None:
-    """Of train, eval and predict; the other words with dashes belong to launchers."""
+    """Of train, eval, predict and replay; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)} | set(EvalConfig.__dataclass_fields__)
-    known |= set(PredictConfig.__dataclass_fields__)
+    for other in (PredictConfig, ReplayConfig):
+        known |= {name.replace("_", "-") for name in other.__dataclass_fields__}
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
     launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}
     launchers |= {"cpus-per-task", "signal", "requeue"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigvivit.units import GiB, format_bytes, format_count, torch_dtype
+from bigvivit.units import GiB, MiB, format_bytes, format_count, parse_bytes, torch_dtype
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,17 @@ def test_dtypes() -> None:
         "torch.bfloat16",
         "torch.float16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("22.5GiB", 22.5 * GiB), ("512 MiB", 512 * MiB), ("80e9", 80e9), ("24GB", 24e9), ("1TB", 1e12), ("7 B", 7)],
+)
+def test_amounts_that_people_write(text: str, count: float) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "GiB", "1.2.3GiB", "0", "12Gib", "1e999"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="no amount of memory"):
+        parse_bytes(text)

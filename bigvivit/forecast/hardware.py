@@ -1,0 +1,98 @@
+"""Accelerators by name, by hand, and on this machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from bigvivit.config import ConfigError
+from bigvivit.forecast.accelerators import ACCELERATORS, Accelerator, kernels_of
+
+
+def normalise(name: str) -> str:
+    """Lower case, without makers' and product lines' names, spaces and dashes: `NVIDIA RTX 2080 Ti` → `2080ti`."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    dropped = {"nvidia", "geforce", "tesla", "quadro", "rtx", "amd", "instinct", "radeon", "google", "cloud"}
+    return re.sub(r"^(?:rtx)?", "", "".join(word for word in words if word not in dropped)).replace("gib", "gb")
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """The row of a name, leniently written. Raises ConfigError for what is not in the table, or is several rows."""
+    wanted = normalise(name)
+    for row in ACCELERATORS:
+        if wanted and wanted in (normalise(row.name), *row.aliases):
+            return row
+    sizes = [row.name for row in ACCELERATORS if row.name.endswith("GB") and normalise(row.name.split()[0]) == wanted]
+    if sizes:
+        raise ConfigError(f"hardware={name!r} is {' and '.join(sizes)}: say which")
+    known = ", ".join(row.name for row in ACCELERATORS)
+    raise ConfigError(
+        f"hardware={name!r} is not in the table ({known}): give its memory, such as 24GiB, and the number of ranks by "
+        "hand"
+    )
+
+
+def accelerator_by_hand(memory_bytes: int, capability: int | None = None) -> Accelerator:
+    """A device of which only the memory is known: nothing can be said of its speed."""
+    if memory_bytes <= 0:
+        raise ConfigError(f"memory={memory_bytes} must be above 0 bytes")
+    return Accelerator(
+        name="given by hand",
+        memory_bytes=memory_bytes,
+        memory_source="given by hand",
+        bandwidth=None,
+        rates={},
+        capability=capability,
+        kernels=kernels_of(capability),
+        link="unknown",
+        link_bandwidth=None,
+        host_bandwidth=None,
+        source="given by hand",
+    )
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """A GPU of this machine, by NVML."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    """NVML's total, which counts what the driver keeps for itself: a little above what programs can have."""
+    free_bytes: int
+    """Not taken by other programs, a display, or the driver."""
+    accelerator: Accelerator
+    """Its row, with the memory that is free now; for a card not in the table, its memory alone."""
+
+
+def find_local_gpus() -> list[LocalGpu]:
+    """The NVIDIA GPUs of this machine, in NVML's order; raises ConfigError where NVML or the driver is missing."""
+    try:
+        import pynvml
+    except ImportError:
+        raise ConfigError("local GPUs are found through NVML: pip install nvidia-ml-py, or name the hardware") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise ConfigError(f"no NVIDIA driver answers on this machine ({error}): name the hardware instead") from None
+    gpus = []
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
+            name = name.decode() if isinstance(name, bytes) else name
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            total, free = int(memory.total), int(memory.free)
+            try:
+                row = find_accelerator(name)
+                row = replace(row, memory_bytes=min(free, row.memory_bytes), memory_source="free now, by NVML")
+            except ConfigError:
+                row = replace(
+                    accelerator_by_hand(free, 10 * major + minor), name=name, memory_source="free now, by NVML"
+                )
+            gpus.append(LocalGpu(index, name, total, free, row))
+    except pynvml.NVMLError as error:
+        raise ConfigError(f"NVML cannot describe GPU {len(gpus)} ({error}): name the hardware instead") from None
+    finally:
+        pynvml.nvmlShutdown()
+    return gpus

@@ -1,0 +1,218 @@
+"""A recorded trace through the allocator model: beside the recording, and its program under other settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bigvivit.forecast.alloc_conf import AllocatorSettings
+from bigvivit.forecast.allocator import (
+    SMALL_REQUEST,
+    SMALL_SEGMENT,
+    Allocator,
+    SegmentEvent,
+    descending_addresses,
+)
+from bigvivit.forecast.blocks import Block
+from bigvivit.forecast.simulate import Run, simulate
+from bigvivit.forecast.snapshot import Event, Trace
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model beside the recorded allocator."""
+
+    run: Run
+    flushes: Flushes
+    segment_events: int
+    """Recorded segments allocated and freed, pages mapped and unmapped."""
+    segment_events_matching: int
+    """How many the model got right from the first on: kind, address, size and stream."""
+    segment_events_extra: int
+    """How many more the model has."""
+    blocks: int
+    """Recorded allocations."""
+    blocks_matching: int
+    """How many the model put at their recorded address."""
+    recorded_peak_reserved_bytes: int
+
+    @property
+    def exact(self) -> bool:
+        """Every segment in order, by address and size, and the same peak."""
+        return (
+            self.segment_events_matching == self.segment_events
+            and not self.segment_events_extra
+            and self.run.peak_reserved_bytes == self.recorded_peak_reserved_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Flushes:
+    """Why a recording gave segments back."""
+
+    least_bytes: int | None
+    """The least device memory that explains those for which the device was full; None where it never was."""
+    beyond_bytes: int | None
+    """The least that is too much for it."""
+    emptied: frozenset[int]
+    """Places of the events before which the program emptied the cache."""
+
+
+def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
+    """Replay a trace from its recorded initial state under its own settings, at the addresses the driver gave.
+
+    The driver's addresses are taken from the trace as long as model and trace agree; after that from
+    `descending_addresses`. The capacity is by default the least that explains the trace's flushes.
+    """
+    flushes = explain_flushes(trace)
+    real = [SegmentEvent(*event) for event in trace.events if event.kind in "SsMU"]
+    otherwise = descending_addresses()
+
+    def reserve(size: int) -> int:
+        upcoming = real[len(allocator.log)] if len(allocator.log) < len(real) else None
+        return upcoming.address if upcoming is not None and upcoming.kind in "SM" else otherwise(size)
+
+    allocator = Allocator(trace.settings, capacity_bytes=capacity_bytes or flushes.least_bytes, reserve=reserve)
+    blocks = restore(allocator, trace)
+    matching = 0
+
+    def placed(address: int, block: Block) -> None:
+        nonlocal matching
+        matching += block.address == address
+
+    run = simulate(program_of(trace, flushes), allocator, blocks, placed)
+    agree = next(
+        (index for index, (ours, theirs) in enumerate(zip(allocator.log, real, strict=False)) if ours != theirs),
+        min(len(allocator.log), len(real)),
+    )
+    return Comparison(
+        run=run,
+        flushes=flushes,
+        segment_events=len(real),
+        segment_events_matching=agree,
+        segment_events_extra=max(len(allocator.log) - len(real), 0),
+        blocks=sum(event.kind == "a" for event in trace.events),
+        blocks_matching=matching,
+        recorded_peak_reserved_bytes=recorded_peak(trace),
+    )
+
+
+def what_if(trace: Trace, settings: AllocatorSettings, capacity_bytes: int | None) -> Run:
+    """The trace's program under other settings, from an empty device: what was there before is allocated first."""
+    before = [
+        Event("a", address, requested or size, segment.stream)
+        for segment in trace.initial
+        for address, size, requested in segment.live
+    ]
+    allocator = Allocator(settings, capacity_bytes=capacity_bytes)
+    return simulate([*before, *program_of(trace, explain_flushes(trace))], allocator)
+
+
+def restore(allocator: Allocator, trace: Trace) -> dict[int, Block]:
+    """Install the trace's initial state. Expandable ranges of one stream and pool are one segment with gaps."""
+    blocks: dict[int, Block] = {}
+    growing: dict[tuple[int, bool], list[int]] = {}
+    for index, segment in enumerate(trace.initial):
+        if segment.expandable:
+            growing.setdefault((segment.stream, segment.small), []).append(index)
+        else:
+            blocks |= allocator.adopt(
+                segment.address, segment.size, small=segment.small, stream=segment.stream, live=segment.live
+            )
+    for (stream, small), indices in growing.items():
+        parts = [trace.initial[index] for index in indices]  # by address
+        ends = [part.address + part.size for part in parts]
+        gaps = [(end, part.address - end) for end, part in zip(ends, parts[1:], strict=False)]
+        blocks |= allocator.adopt(
+            parts[0].address,
+            ends[-1] - parts[0].address,
+            small=small,
+            stream=stream,
+            live=[block for part in parts for block in part.live],
+            expandable=True,
+            unmapped=gaps,
+        )
+    return blocks
+
+
+def program_of(trace: Trace, flushes: Flushes) -> list[Event]:
+    """What the program did: its allocations and frees, without what the allocator made of them.
+
+    A free that completed later waited for another stream, which is stood in for by one stream per block.
+    """
+    events, waiting, program = trace.events, set(), []
+    for index, event in enumerate(events):
+        kind, address, size, stream = event
+        if index in flushes.emptied:
+            program.append(Event("e", 0, 0, 0))
+        if kind == "a":
+            program.append(event)
+        elif kind == "o":
+            program.append(Event("o", 0, size, stream))
+        elif kind == "r":
+            following = events[index + 1] if index + 1 < len(events) else None
+            if following is None or following[:2] != ("f", address):
+                waiting.add(address)
+                program.append(Event("u", address, 0, -1 - address))
+            program.append(Event("f", address, 0, stream))
+        elif kind == "f" and address in waiting:
+            waiting.discard(address)
+            program.append(Event("y", 0, 0, -1 - address))
+        elif kind == "f" and (not index or events[index - 1][:2] != ("r", address)):
+            program.append(Event("f", address, 0, stream))  # requested before the trace starts
+    return program
+
+
+def recorded_peak(trace: Trace) -> int:
+    """Most bytes reserved at once, by the recorded events."""
+    reserved = peak = sum(segment.size for segment in trace.initial)
+    for kind, _, size, _ in trace.events:
+        reserved += size if kind in "SM" else -size if kind in "sU" else 0
+        peak = max(peak, reserved)
+    return peak
+
+
+def explain_flushes(trace: Trace) -> Flushes:
+    """Tell a full device from a program that emptied the cache.
+
+    The device was full if the segment asked for next would have gone beyond the peak and none of those given back could
+    have served the request. Its memory then lies between the peak and that sum. A failed request says how much was
+    still free. Everything else given back was the program's doing.
+    """
+    peak = recorded_peak(trace)
+    reserved, index, events = sum(segment.size for segment in trace.initial), 0, trace.events
+    least, beyond, emptied = None, None, set()
+    while index < len(events):
+        kind, address, size, _ = events[index]
+        if kind in "sU":
+            start, before, released = index, reserved, set()
+            while index < len(events) and events[index].kind in "sUf":
+                if events[index].kind != "f":
+                    reserved -= events[index].size
+                    released.add((events[index].stream, events[index].size))
+                index += 1
+            asked, request = (*events[index : index + 2], None, None)[:2]
+            if asked is not None and was_full(asked, request, before, peak, released):
+                least = max(peak, least or 0)
+                beyond = min(before + asked.size, beyond or before + asked.size)
+            elif asked is None or asked.kind != "o":
+                emptied.add(start)
+            continue
+        if kind in "SM":
+            reserved += size
+        elif kind == "o":
+            least = max(peak, reserved + address)
+        index += 1
+    return Flushes(least, beyond, frozenset(emptied))
+
+
+def was_full(asked: Event, request: Event | None, before: int, peak: int, released: set[tuple[int, int]]) -> bool:
+    """Whether a full device explains that segments were given back before this one was asked for."""
+    if asked.kind not in "SM" or before + asked.size <= peak:
+        return False
+    if asked.kind == "M" or request is None or request.kind != "a":
+        return True
+    small = request.size <= SMALL_REQUEST
+    return not any(
+        stream == request.stream and size >= request.size and small == (size == SMALL_SEGMENT)
+        for stream, size in released
+    )

@@ -1,0 +1,299 @@
+"""Memory snapshots of PyTorch (`torch.cuda.memory._dump_snapshot`) and published traces, read as data.
+
+A snapshot is a pickle. It is read by an unpickler that knows plain containers and refuses every name, so nothing in the
+file can be called. What it holds: `segments`, the allocator's final state, and `device_traces`, the last events of each
+device, as `torch.cuda.memory._snapshot` documents them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import pickle
+import resource
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from bigvivit.config import ConfigError
+from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
+from bigvivit.forecast.allocator import SMALL_REQUEST, SMALL_SEGMENT, Allocator
+from bigvivit.units import GiB, MiB, format_bytes
+
+LARGEST_FILE = 4 * GiB
+LARGEST_BLOCK = 4096 * GiB  # no device has as much
+KINDS = {
+    **{"alloc": "a", "free_requested": "r", "free_completed": "f", "segment_alloc": "S", "segment_free": "s"},
+    **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
+}
+
+
+class Event(NamedTuple):
+    """One line of a trace. Kinds: a allocated, r free requested, f free completed, S s M U as in `SegmentEvent`,
+    o out of memory. Programs (`forecast.simulate`) know further ones."""
+
+    kind: str
+    address: int
+    """Of the block or segment; of `o` the bytes the device still had."""
+    size: int
+    """Bytes; of a block what was asked for."""
+    stream: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment and its allocated blocks: (address, size, requested)."""
+
+    address: int
+    size: int
+    stream: int
+    small: bool
+    expandable: bool
+    live: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one device's allocator did."""
+
+    name: str
+    initial: tuple[Segment, ...]
+    """The state before the first event."""
+    events: tuple[Event, ...]
+    settings: AllocatorSettings
+    settings_known: bool
+    """Whether the file says them; otherwise only `expandable_segments` is seen, in the events."""
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Loads dicts, lists, tuples, sets, text and numbers; whatever names code is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise ConfigError(f"it names {module}.{name}, which a memory snapshot never does: nothing of it was run")
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise ConfigError("it refers to objects outside the file, which a memory snapshot never does")
+
+
+def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | None = None) -> Trace:
+    """Read a snapshot (pickle) or a published trace (gzip JSON lines).
+
+    `device` chooses one of several; `conf` says under which settings it was recorded, where the file does not. Raises
+    ConfigError with what is wrong with the file; nothing of it is ever run.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ConfigError(
+                f"it has {format_bytes(size)}, more than {format_bytes(LARGEST_FILE)}: record with fewer max_entries "
+                'and stacks="python"'
+            )
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with limited_memory(64 * size + GiB):
+            if packed:
+                return check_blocks(read_jsonl(path, conf))
+            with path.open("rb") as file:
+                return check_blocks(from_snapshot(PlainUnpickler(file).load(), path.name, device, conf))
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be replayed: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise ConfigError(
+            f"{path} is no memory snapshot: reading it takes far more memory than a file of its size"
+        ) from None
+    except Exception as error:  # a broken pickle can raise anything; each means the same to the user
+        raise ConfigError(
+            f"{path} is no memory snapshot, or cut short ({type(error).__name__}: {error}): give a file of "
+            "torch.cuda.memory._dump_snapshot, or a trace in gzip JSON lines"
+        ) from None
+
+
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """Let this process allocate at most `more` bytes on top: a few bytes of pickle can ask for any amount."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
+    except OSError:  # not Linux
+        yield
+        return
+    limit = pages * resource.getpagesize() + more
+    limits = [value for value in (soft, hard, limit) if value != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
+    """A published trace: a header with the initial state, then `[kind, address, size, stream]` in each line."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            header = json.loads(next(file, ""))
+            rows = [json.loads(line) for line in file]
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"it is cut short or no JSON lines ({error})") from None
+    expect(isinstance(header, dict) and "expandable" in header, "its first line is no header with `expandable`")
+    count = header.get("n_events", len(rows))
+    expect(count == len(rows), f"its header says {count} events, it has {len(rows)}")
+    initial = []
+    for row in header.get("initial_segments") or []:
+        address, size, stream, pool, live = row
+        blocks = tuple((address + offset, length, requested) for offset, length, requested in live)
+        initial.append(Segment(address, size, stream, pool == "small", False, blocks))
+    events = tuple(to_event(*row) for row in rows if row[0] != "x")
+    settings = conf or AllocatorSettings(expandable_segments=bool(header["expandable"]))
+    return Trace(path.name, tuple(initial), events, settings, settings_known=conf is not None)
+
+
+def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSettings | None) -> Trace:
+    """The trace of one device of a snapshot, with its initial state found by undoing the events from the final one."""
+    expect(isinstance(data, dict) and isinstance(data.get("segments"), list), "it is no dict with a list of `segments`")
+    traces = data.get("device_traces")
+    expect(isinstance(traces, list) and all(isinstance(t, list) for t in traces or ()), "it has no `device_traces`")
+    busy = [index for index, entries in enumerate(traces) if entries]
+    expect(
+        bool(busy), "it holds no events: call torch.cuda.memory._record_memory_history() before what is to be replayed"
+    )
+    if device is None:
+        expect(len(busy) == 1, f"it holds events of devices {busy}: choose one, --device {busy[0]}")
+        device = busy[0]
+    expect(device in busy, f"it holds no events of device {device}, but of {busy}")
+    events = []
+    for entry in traces[device]:
+        expect(isinstance(entry, dict) and "action" in entry, "an event is no dict with an `action`")
+        kind = KINDS.get(entry["action"])
+        if kind is not None:
+            address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
+            events.append(to_event(kind, address, entry["size"], entry.get("stream", 0)))
+        expect(entry.get("pool_id", (0, 0)) == (0, 0), "it uses private pools (CUDA graphs), which are not modelled")
+    final = [read_segment(raw) for raw in data["segments"] if raw.get("device", device) == device]
+    settings, known = conf, conf is not None
+    recorded = (data.get("allocator_settings") or {}).get("PYTORCH_CUDA_ALLOC_CONF")
+    if settings is None and isinstance(recorded, str):
+        settings, known = parse_conf(recorded), True
+    if settings is None:
+        expandable = any(event.kind in "MU" for event in events) or any(segment.expandable for segment in final)
+        settings = AllocatorSettings(expandable_segments=expandable)
+    return Trace(name, undo(final, events, settings), tuple(events), settings, known)
+
+
+def to_event(kind: str, address: int, size: int, stream: int) -> Event:
+    numbers = (address, size, stream)
+    expect(
+        kind in KINDS.values() and all(type(number) is int for number in numbers), f"event {kind!r} {numbers} is none"
+    )
+    expect(0 <= address < 1 << 63 and 0 <= size < LARGEST_BLOCK, f"event {kind!r} {numbers} is out of range")
+    expect(size > 0 or kind not in "aSsMU", f"event {kind!r} {numbers} has no size")
+    return Event(kind, address, size, stream)
+
+
+def check_blocks(trace: Trace) -> Trace:
+    """The trace, if only blocks that are there are freed, and none is put where one is; else a ConfigError."""
+    live = {address for segment in trace.initial for address, _, _ in segment.live}
+    requested: set[int] = set()
+    for kind, address, _, _ in trace.events:
+        if kind == "a":
+            expect(address not in live, f"it allocates a block at {address:#x}, where one is")
+            live.add(address)
+        elif kind in "rf":
+            expect(address in live, f"it frees a block at {address:#x}, where none is")
+            if kind == "r":
+                expect(address not in requested, f"it frees the block at {address:#x} twice")
+                requested.add(address)
+            else:
+                live.discard(address)
+                requested.discard(address)
+    return trace
+
+
+def read_segment(raw: Any) -> Segment:
+    """A segment of a snapshot; older ones give no address to blocks, which lie one after the other."""
+    expect(isinstance(raw, dict) and isinstance(raw.get("blocks"), list), "a segment is no dict with `blocks`")
+    address, live = raw["address"], []
+    for block in raw["blocks"]:
+        # "active_pending_free" still occupies its place: another stream uses it
+        if block["state"] != "inactive":
+            live.append((address, block["size"], block.get("requested_size", block["size"])))
+        address += block["size"]
+    expect(0 < raw["total_size"] < LARGEST_BLOCK, f"a segment of {raw['total_size']} B is out of range")
+    small, expandable = raw["segment_type"] == "small", bool(raw.get("is_expandable", False))
+    return Segment(raw["address"], raw["total_size"], raw["stream"], small, expandable, tuple(live))
+
+
+def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings) -> tuple[Segment, ...]:
+    """The state before the first event, by taking the events back from the last to the first.
+
+    A block that was there before and freed in between is known by what was asked for; its size is the rounded request,
+    and in the large pool a gap of up to 1 MiB behind it is its own unsplit end (a cached block is larger there).
+    Raises ConfigError where the events do not lead to the final state.
+    """
+    segments = {segment.address: segment for segment in final if not segment.expandable}
+    pages = {
+        page: (segment.stream, segment.small)
+        for segment in final
+        if segment.expandable
+        for page in range(segment.address, segment.address + segment.size, MiB)
+    }
+    live = {address: (size, requested) for segment in final for address, size, requested in segment.live}
+    broken = "its events do not lead to its final state: "
+    for kind, address, size, stream in reversed(events):
+        if kind == "a":
+            expect(live.pop(address, (0, size))[1] == size, f"{broken}the block at {address:#x} is another")
+        elif kind == "f":
+            expect(address not in live, f"{broken}the block at {address:#x} is freed but there")
+            live[address] = (0, size)
+        elif kind == "S":
+            expect(segments.pop(address, None) is not None, f"{broken}the segment at {address:#x} is missing")
+        elif kind == "s":
+            segments[address] = Segment(address, size, stream, size == SMALL_SEGMENT, False, ())
+        elif kind == "M":
+            for page in range(address, address + size, MiB):
+                expect(pages.pop(page, None) is not None, f"{broken}the page at {page:#x} is missing")
+        elif kind == "U":
+            small = bool(size % settings.large_segment_bytes)
+            pages.update(dict.fromkeys(range(address, address + size, MiB), (stream, small)))
+    ranges = [*segments.values(), *join_pages(pages)]
+    return tuple(place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
+
+
+def join_pages(pages: dict[int, tuple[int, bool]]) -> list[Segment]:
+    """Neighbouring MiB of one stream and pool as one range."""
+    ranges: list[Segment] = []
+    for page, (stream, small) in sorted(pages.items()):
+        last = ranges[-1] if ranges else None
+        if last and (last.address + last.size, last.stream, last.small) == (page, stream, small):
+            ranges[-1] = replace(last, size=last.size + MiB)
+        else:
+            ranges.append(Segment(page, MiB, stream, small, True, ()))
+    return ranges
+
+
+def place(segment: Segment, live: dict[int, tuple[int, int]], settings: AllocatorSettings) -> Segment:
+    """The segment with those of the live blocks that lie in it."""
+    end = segment.address + segment.size
+    inside = sorted(address for address in live if segment.address <= address < end)
+    round_size = Allocator(replace(settings, per_process_memory_fraction=1.0)).round_size
+    blocks = []
+    for address, behind in pairwise([*inside, end]):
+        size, requested = live[address]
+        if not size:
+            size = round_size(requested)
+            gap = behind - address - size
+            if not segment.small and not segment.expandable and 0 < gap <= SMALL_REQUEST:
+                size += gap
+        blocks.append((address, size, requested))
+    return replace(segment, live=tuple(blocks))
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    """Raise ConfigError where the file is not what it should be."""
+    if not holds:
+        raise ConfigError(otherwise)
