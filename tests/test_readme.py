@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.two_stages import readme_table
 from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from bigvivit.data.check import CheckConfig
 from bigvivit.training.progress import flat_settings
 from tests.launching import ROOT
 
@@ -35,8 +36,9 @@ def test_every_linked_file_is_there() -> None:
 
 
 def test_every_setting_the_readme_names_exists() -> None:
-    """Of train and eval; the other words with dashes belong to launchers."""
+    """Of train, eval and check; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)} | set(EvalConfig.__dataclass_fields__)
+    known |= set(CheckConfig.__dataclass_fields__)
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu"}
     flags = set(re.findall(r"(?<![-\w])--([a-z][a-z._-]*)", README)) - launchers
     assert "clip.no-flip" in flags

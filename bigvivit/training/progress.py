@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
-FREE = {"out", "data.workers", "data.train", "ds", "fsdp", "device", "log_every", "save_every", "keep", "resume"}
+FREE = {
+    "out",
+    "data.workers",
+    "data.time_limit",
+    "data.max_failed",
+    "data.train",
+    "ds",
+    "fsdp",
+    "device",
+    "log_every",
+    "save_every",
+    "keep",
+    "resume",
+}
 """Settings that may change when training goes on; the manifest is compared by its contents."""
 
 
