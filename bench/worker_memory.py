@@ -1,14 +1,11 @@
 """Memory of a decode worker over thousands of clips: `python bench/worker_memory.py MANIFEST`.
 
-Reads its videos again and again through the training loader with one worker, and notes the worker's resident anonymous
-memory and that of the process which trains. Each way of setting the allocator is a row.
+Reads its videos again and again through the training loader with one worker, and notes what memory is the worker's
+alone (unique set size: slots of clips are shared and of a fixed size), and how that of the process that trains grows.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +27,14 @@ class Arguments:
     manifest: tyro.conf.Positional[Path]
     """Videos to read."""
     clips: int = 2000
-    frames: int = 32
+    frames: int = 64
     size: int = 224
-    settings: tuple[str, ...] = ("default", "MALLOC_ARENA_MAX=1", "MALLOC_MMAP_THRESHOLD_=1048576")
-    """Environment of the worker, one row each."""
-    one: bool = False
-    """Measure in this process and print a row; what the rows are made of."""
     results: Path = Path(__file__).parent / "results"
     """Folder of reports."""
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """One row."""
+    """Unique memory at some counts of clips, in bytes, and its growth from 200 on."""
     manifest = read_manifest(arguments.manifest)
     resize = arguments.size * 8 // 7
     clip = ClipConfig(frames=arguments.frames, stride=1, size=arguments.size, resize=resize)
@@ -65,22 +58,11 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def main(arguments: Arguments) -> None:
-    """Each setting in a process of its own, then the report."""
-    import json
-
-    if arguments.one:
-        print(json.dumps(measure(arguments)))
-        return
-    rows = []
-    for setting in arguments.settings:
-        changes = dict([setting.split("=")]) if "=" in setting else {}
-        words = [sys.executable, __file__, str(arguments.manifest), "--one", "--clips", str(arguments.clips)]
-        words += ["--frames", str(arguments.frames), "--size", str(arguments.size)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **changes})
-        rows.append({"allocator": setting, **json.loads(done.stdout.splitlines()[-1])})
-        print(rows[-1], flush=True)
+    """Measure, then write the report."""
     settings = {"clips": arguments.clips, "frames": arguments.frames, "size": arguments.size}
+    rows = [measure(arguments)]
     stem = write_report(arguments.results, "worker_memory", device=torch.device("cpu"), settings=settings, rows=rows)
+    print(rows[0])
     print(f"wrote {stem}.json and .md")
 
 

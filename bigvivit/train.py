@@ -124,7 +124,7 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     import torch.distributed as dist
 
     from bigvivit import assemble
-    from bigvivit.training.failure import tell_failure
+    from bigvivit.training.rank_failure import tell_failure
 
     logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -160,7 +160,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.model.towers import Tower
     from bigvivit.saving import Saver
     from bigvivit.training import loop
-    from bigvivit.training.failures import Failures, TooManyFailuresError
+    from bigvivit.training.failed_clips import Failures, TooManyFailuresError
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
     from bigvivit.training.state import restore_random, restore_scheduler

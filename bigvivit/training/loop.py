@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bigvivit.config import OptimConfig
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import measure_peak_over_ranks
-from bigvivit.training.failures import Failures
+from bigvivit.training.failed_clips import Failures
 from bigvivit.training.metrics import MetricsLog
 from bigvivit.training.step import ClipLoader, LabelledClips, train_step
 from bigvivit.training.validate import validate
@@ -30,6 +30,8 @@ class LoadedClips(LabelledClips, Protocol):
 
     failed: tuple[tuple[int, str], ...]
     """(position in the manifest, reason) of each video that another one stands in for."""
+    decoders: tuple[str, ...]
+    """Who read each clip."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def train(
     for step, (epoch, batches) in enumerate(stream, start=first_step + 1):
         lr = engine.scheduler.get_last_lr()[0]  # before the step, which sets the next one
         for batch in batches:
-            failures.note(epoch, batch.failed)
+            failures.note(epoch, batch.failed, batch.decoders)
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
         if not math.isfinite(result.grad_norm):  # of all ranks, and a number already: no extra wait for the device
             indices = [int(index) for batch in batches for index in batch.indices]

@@ -26,6 +26,8 @@ OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
 FREE = {
     "out",
     "data.workers",
+    "data.time_limit",
+    "data.max_failed",
     "data.train",
     "data.val",
     "ds",

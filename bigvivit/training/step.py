@@ -25,7 +25,7 @@ class LabelledClips(Protocol):
 
 
 class ClipLoader(Protocol):
-    """This rank's micro-batches of one epoch: a DataLoader."""
+    """This rank's micro-batches of one epoch."""
 
     sampler: Any
     """Has `set_epoch(epoch, first_batch)`."""

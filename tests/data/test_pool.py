@@ -19,6 +19,7 @@ import pytest
 
 from bigvivit.data.errors import DecodeError, WorkerLostError
 from bigvivit.data.pool import Pool, WorkerError
+from tests.launching import ROOT
 
 
 def misbehave(argument: Any, slot: np.ndarray | None) -> Any:
@@ -155,7 +156,7 @@ def test_workers_end_with_their_parent(end: str, tmp_path: Path) -> None:
         """)
     )
     parent = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]

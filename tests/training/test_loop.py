@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bigvivit.config import OptimConfig
-from bigvivit.training.failures import Failures
+from bigvivit.training.failed_clips import Failures
 from bigvivit.training.loop import micro_batches, train
 from bigvivit.training.metrics import MetricsLog
 from tests.memory.test_engine import batches, build_engine
@@ -21,7 +21,7 @@ class Loader:
     """Seven micro-batches an epoch, remembering what it was told."""
 
     def __init__(self) -> None:
-        self.data = [SimpleNamespace(**vars(batch), failed=()) for batch in batches(7, 4)]
+        self.data = [SimpleNamespace(**vars(batch), failed=(), decoders=("decord",) * 4) for batch in batches(7, 4)]
         self.epochs: list[int] = []
         self.sampler = SimpleNamespace(set_epoch=lambda epoch, first_batch: self.epochs.append(epoch))
 

@@ -14,7 +14,7 @@ PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from bigvivit.config import ConfigError
 from bigvivit.memory.ranks import start_process_group
-from bigvivit.training.failure import tell_failure
+from bigvivit.training.rank_failure import tell_failure
 rank = int(os.environ["RANK"])
 board = start_process_group(torch.device("cpu"), 2, deepspeed=False, fsdp=False)
 try:

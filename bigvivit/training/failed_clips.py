@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,15 +42,20 @@ class Failures:
         if self.file is not None and resume and self.file.exists():
             # A line that was being written when the run was killed has no end.
             known = [[json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]]
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        elif self.file is not None:
+            self.file.unlink(missing_ok=True)  # of a run that never came to a checkpoint
         if dist.is_initialized():
             dist.broadcast_object_list(known)
+        self.lines: list[dict[str, Any]] = []
+        """All that is in the file."""
+        self.decoders: Counter[str] = Counter()
+        """Clips that each decoder read on this rank, since the training was started or gone on with."""
         self.add([(line["epoch"], line["index"], line["reason"]) for line in known[0]])
 
-    def note(self, epoch: int, failed: Sequence[tuple[int, str]]) -> None:
-        """Failures of one batch of this rank."""
+    def note(self, epoch: int, failed: Sequence[tuple[int, str]], decoders: Sequence[str]) -> None:
+        """Failures of one batch of this rank, and who read the clips that it holds."""
         self.pending += [(epoch, index, reason) for index, reason in failed]
+        self.decoders.update(decoders)
 
     def add(self, failures: Sequence[tuple[int, int, str]]) -> list[str]:
         """Count failures and write them down; returns the reasons of those not counted before."""
@@ -58,9 +65,11 @@ class Failures:
                 self.times.add((epoch, index))
                 self.reasons.setdefault(index, reason)
                 new.append({"epoch": epoch, "index": index, "path": str(self.clips[index]), "reason": reason})
+        self.lines += new
         if self.file is not None and new:
-            with self.file.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in new)
+            whole = self.file.with_suffix(".new")
+            whole.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            os.replace(whole, self.file)  # a run that is killed here loses none
         return [str(line["reason"]) for line in new]
 
     def gather(self) -> None:
@@ -83,9 +92,17 @@ class Failures:
             )
 
     def summary(self) -> dict[str, Any]:
-        """For the run's report: how often another clip was taken, and instead of which."""
+        """For the run's report: who read how many clips, how often another was taken, and instead of which.
+
+        Every rank must call it.
+        """
+        counters: list[Any] = [self.decoders]
+        if dist.is_initialized():
+            counters = [None] * dist.get_world_size()
+            dist.all_gather_object(counters, self.decoders)
         clips = [
             {"index": index, "path": str(self.clips[index]), "reason": reason}
             for index, reason in sorted(self.reasons.items())
         ]
-        return {"replaced_samples": len(self.times), "failed_clips": clips}
+        decoded_by = dict(sum(counters, Counter()).most_common())
+        return {"decoded_by": decoded_by, "replaced_samples": len(self.times), "failed_clips": clips}

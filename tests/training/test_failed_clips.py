@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigvivit.training.failures import FAILED, Failures, TooManyFailuresError
+from bigvivit.training.failed_clips import FAILED, Failures, TooManyFailuresError
 from tests.launching import STAGE1, start, train
 
 CLIPS = [Path(f"{number}.mp4") for number in range(10)]
@@ -15,16 +15,17 @@ CLIPS = [Path(f"{number}.mp4") for number in range(10)]
 
 def test_failures_are_counted_once_and_survive_a_stop(tmp_path: Path) -> None:
     failures = Failures(CLIPS, 0.3, tmp_path)
-    failures.note(0, [(3, "3 is broken"), (4, "4 hangs")])
-    failures.note(0, [(3, "3 is broken")])
+    failures.note(0, [(3, "3 is broken"), (4, "4 hangs")], ["decord"])
+    failures.note(0, [(3, "3 is broken")], ["decord"])
     failures.gather()
     with (tmp_path / FAILED).open("a") as file:
         file.write('{"epoch": 0, "ind')  # where a kill cut it off
     again = Failures(CLIPS, 0.3, tmp_path, resume=True)
-    again.note(0, [(4, "4 hangs")])  # a step that is done again
-    again.note(1, [(3, "3 is broken")])
+    again.note(0, [(4, "4 hangs")], ["pyav"])  # a step that is done again
+    again.note(1, [(3, "3 is broken")], ["decord"])
     again.gather()
     assert again.summary() == {
+        "decoded_by": {"pyav": 1, "decord": 1},
         "replaced_samples": 3,
         "failed_clips": [
             {"index": 3, "path": "3.mp4", "reason": "3 is broken"},
@@ -38,9 +39,9 @@ def test_failures_are_counted_once_and_survive_a_stop(tmp_path: Path) -> None:
 
 def test_more_than_the_share_stops(tmp_path: Path) -> None:
     failures = Failures(CLIPS, 0.2, None)
-    failures.note(0, [(1, "1 is broken"), (2, "2 is broken")])
+    failures.note(0, [(1, "1 is broken"), (2, "2 is broken")], ["decord"])
     failures.gather()
-    failures.note(1, [(1, "1 is broken"), (7, "7 is broken")])
+    failures.note(1, [(1, "1 is broken"), (7, "7 is broken")], ["decord"])
     with pytest.raises(TooManyFailuresError, match=r"3 of 10 clips .* data\.max_failed=0\.2:\n  - 1 is broken\n"):
         failures.gather()
 
