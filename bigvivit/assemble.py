@@ -50,7 +50,7 @@ def open_tower(
     """
     assert model.tubelet is not None
     try:
-        spec = resolve_tower(str(folder or model.tower))
+        spec = resolve_tower(str(folder or model.tower), random=folder is None and model.tower_init == "random")
         if folder is None and model.tower_init == "random":
             return TowerSource(spec, random_weights(spec, seed), None, None)
         weights = fetch_weights(spec)

@@ -30,7 +30,7 @@ class ModelConfig:
     """The factorised encoder. In stage 2 what is left out is taken from stage 1."""
 
     tower: str | None = None
-    """Image tower: a Hugging Face hub id, a local folder in that format, or a name of `bigvivit.model.towers.SIZES`
+    """Image tower: a Hugging Face hub id, a local folder in that format, or a name of `bigvivit towers`
     (`vit-b`, `vit-l`, `vit-h`, `vit-g`: the paper's sizes, with `--model.tower-init random`)."""
     tower_init: Literal["pretrained", "random"] | None = None
     """Where the tower's weights come from [default: pretrained]."""

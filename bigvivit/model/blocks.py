@@ -44,7 +44,7 @@ def apply_stochastic_depth(layers: nn.ModuleList, rate: float) -> None:
 
 def residual_branches(layer: nn.Module) -> list[nn.Module]:
     """The attention and the MLP of a Hugging Face layer."""
-    names = [name for name in ("attention", "self_attn", "mlp") if hasattr(layer, name)]
+    names = [name for name in ("attention", "self_attn", "mlp", "ffn") if hasattr(layer, name)]
     assert len(names) == 2, f"{type(layer).__name__} has no attention and MLP under a known name"
     return [getattr(layer, name) for name in names]
 
@@ -66,7 +66,7 @@ def init_weights(module: nn.Module, seed: int, name: str, layer_scale: float = 1
                 nn.init.xavier_uniform_(value, generator=generator)
             elif isinstance(part, nn.Conv2d) and key == "weight":
                 nn.init.trunc_normal_(value, std=math.sqrt(1 / value[0].numel()), generator=generator)
-            elif isinstance(part, nn.LayerNorm) and key == "weight":
+            elif key == "weight" and (isinstance(part, nn.LayerNorm) or type(part).__name__.endswith("RMSNorm")):
                 nn.init.ones_(value)
             elif key == "bias":
                 nn.init.zeros_(value)

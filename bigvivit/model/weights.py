@@ -24,7 +24,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
 from bigvivit.model.blocks import init_weights
-from bigvivit.model.towers import SIZES, TowerSpec, build_hf_model, hf_name
+from bigvivit.model.catalog import SIZES
+from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import inflate_kernel
 
 Fill = Callable[[str, nn.Module], None]
@@ -147,7 +148,9 @@ def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, Store
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (not a dict)
                     shape = tuple(opened.get_slice(key).get_shape())
-                    full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+                    full, pattern = key, None
+                    if key not in wanted:
+                        full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
                     names = [full] if pattern is None else split_names(full, pattern, converters)
                     for part, name in enumerate(names):
                         share = (part, len(names)) if len(names) > 1 else None

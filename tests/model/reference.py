@@ -7,12 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
     PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -26,7 +40,23 @@ MODELS = {
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL, intermediate_size=48)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2, layerscale_value=0.5)),
     "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2, use_swiglu_ffn=True)),
-}
+    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, mlp_ratio=2)),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL, intermediate_size=48, num_register_tokens=4)),
+    "dinov3-swiglu": lambda: DINOv3ViTModel(
+        DINOv3ViTConfig(
+            **SMALL, intermediate_size=48, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu",
+            query_bias=False, key_bias=False, value_bias=False,
+        )
+    ),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL, intermediate_size=48)),
+    "ijepa": lambda: IJepaModel(IJepaConfig(**SMALL, intermediate_size=48)),
+    "eva": lambda: Blip2VisionModel(Blip2VisionConfig(**SMALL, intermediate_size=48)),
+    "mae": lambda: ViTMAEModel(ViTMAEConfig(**SMALL, intermediate_size=48, mask_ratio=0.0)),
+    "aimv2": lambda: Aimv2VisionModel(Aimv2VisionConfig(**SMALL, intermediate_size=48, use_head=False)),
+}  # fmt: skip
+"""A model of every family, and of each kind of MLP."""
+FIXED_SIZE = {"aimv2"}
+"""Families whose Hugging Face code takes images of one size only."""
 
 
 def save(model: PreTrainedModel, folder: Path, **options: object) -> PreTrainedModel:
@@ -55,9 +85,14 @@ def draw_images(count: int, channels: int, size: int) -> Tensor:
 
 
 def frame_vectors(model: PreTrainedModel, spec: TowerSpec, images: Tensor) -> Tensor:
-    """What Hugging Face's model gives for uint8 images: CLIP's pooled token, else the CLS token of the last state."""
+    """What Hugging Face's model makes of uint8 images: the pooled token, the mean or CLS token of its last states."""
     mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in (spec.mean, spec.std))
-    options = {} if isinstance(model, Dinov2Model) else {"interpolate_pos_encoding": True}
+    by_itself = (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, Aimv2VisionModel)
+    options = {} if isinstance(model, by_itself) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         output = model(pixel_values=(images / 255 - mean) / std, **options)
-    return output.pooler_output if isinstance(model, CLIPVisionModel) else output.last_hidden_state[:, 0]
+    if isinstance(model, CLIPVisionModel | SiglipVisionModel):
+        return output.pooler_output
+    if isinstance(model, IJepaModel | Aimv2VisionModel):
+        return output.last_hidden_state.mean(1)
+    return output.last_hidden_state[:, 0]

@@ -1,0 +1,53 @@
+"""Towers of every family in both stages, with stochastic depth: two ranks of ZeRO-3 and FSDP2 against two of DDP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigvivit.memory.freeze import freeze
+from bigvivit.memory.plan import Stream
+from bigvivit.memory.stream import FrozenTower
+from bigvivit.model.towers import resolve_tower
+from bigvivit.model.weights import open_weights
+from tests.memory.walk import Cell, losses
+from tests.model.reference import MODELS, draw_images, load, save
+
+
+@pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 3), (2, 2), (4, 1)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_streamed_tower_is_the_tower(name: str, group: int, chunk: int, tmp_path: Path) -> None:
+    save(MODELS[name](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = load(spec, open_weights(spec, tmp_path, 2), tubelet=2, image_size=32)
+    freeze(tower)
+    images = draw_images(7, 6, 32)
+    expected = tower(images)
+    frozen = FrozenTower(tower, torch.float32, torch.device("cpu"), lambda *sizes: Stream(group, chunk, "test"))
+    torch.testing.assert_close(frozen(images), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
+    folder = tmp_path_factory.mktemp("towers")
+    found: list[Cell] = []
+    for name, build in MODELS.items():
+        build().config.save_pretrained(folder / name)
+        found += [{"stage": stage, "tower": str(folder / name), "image": 32} for stage in (1, 2)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(cells: list[Cell]) -> list[list[float]]:
+    return losses("ddp", cells)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_every_family_is_sharded(engine: str, cells: list[Cell], expected: list[list[float]]) -> None:
+    wrong = []
+    for cell, own, plain in zip(cells, losses(engine, cells), expected, strict=True):
+        if own != pytest.approx(plain, abs=1e-4) or abs(own[-1] - own[0]) < 1e-3:
+            wrong.append(f"{cell}: {own}, not {plain}")
+    assert not wrong, "\n".join(wrong)
