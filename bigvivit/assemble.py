@@ -11,6 +11,7 @@ import torch
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.load import Fill
+from bigvivit.memory.plan import MemoryPlan
 from bigvivit.model.towers import TowerSpec, build_tower, resolve_tower
 from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
@@ -63,6 +64,14 @@ def open_tower(
             f"{source.checksum}, then {checksum}): put the old weights back, or train the stage again"
         )
     return source
+
+
+def check_types(source: TowerSource, plan: MemoryPlan) -> None:
+    """Raise ConfigError for a compute type in which the tower is known to overflow."""
+    if plan.compute == "fp16" and source.spec.family.fp16_safe is False:
+        raise ConfigError(
+            f"memory.compute=fp16: tower {source.spec.name} overflows in fp16; give --memory.compute bf16 or fp32"
+        )
 
 
 def build_model(

@@ -21,6 +21,7 @@ def main() -> None:
         "train": (train, "train one stage"),
         "eval": (evaluate, "accuracy of trained runs"),
         "predict": (predict, "what a trained run takes videos for"),
+        "towers": (towers, "the towers known by name: size, memory, tokens"),
         "check": (check, "find the videos of a manifest that cannot be read"),
         "report": (report, "a page with curves of each run, and one table of all"),
         "replay": (replay, "what GPU memory fragmentation cost, from a memory snapshot"),
@@ -120,6 +121,29 @@ def predict(argv: list[str]) -> None:
             rows: list[list[object]] = [[label, f"{probability:.1%}"] for label, probability in prediction.labels]
             print_table([str(prediction.path), "probability"], rows)
     sys.exit(1 if failed else 0)
+
+
+def towers(argv: list[str]) -> None:
+    """`bigvivit towers`."""
+
+    def no_arguments() -> None:
+        """List the towers known by name. A model of their families loads by hub id or folder without being listed."""
+
+    tyro.cli(no_arguments, args=argv, prog="bigvivit towers")
+
+    from bigvivit.towers import list_towers
+    from bigvivit.units import format_bytes, format_count
+
+    print_table(
+        ["tower", "layers/width/heads/MLP", "patch@image", "vector", "mean", "fp16", "parameters", "bf16", "tokens"],
+        [
+            [
+                row.name, row.dimensions, f"{row.patch}@{row.image}", row.vector, row.normalisation, row.fp16,
+                format_count(row.parameters), format_bytes(row.bf16_bytes), row.tokens,
+            ]
+            for row in list_towers()
+        ],
+    )  # fmt: skip
 
 
 def check(argv: list[str]) -> None:

@@ -176,6 +176,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         folder=assemble.tower_folder(run, header) if run and header else None,
         checksum=header.tower_checksum if header else None,
     )
+    assemble.check_types(source, config.memory)
     model = assemble.build_model(
         source,
         config.model,

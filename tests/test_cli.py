@@ -30,6 +30,7 @@ def test_help_names_every_command() -> None:
         "train",
         "eval",
         "predict",
+        "towers",
         "check",
         "report",
         "replay",
@@ -37,7 +38,7 @@ def test_help_names_every_command() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "check", "report", "replay", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "towers", "check", "report", "replay", "demo"])
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -47,7 +48,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    known = "train, eval, predict, check, report, replay, demo"
+    known = "train, eval, predict, towers, check, report, replay, demo"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 

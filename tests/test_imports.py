@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ANYTHING = {"train", "eval", "predict", "cli", "assemble", "saving"}
+ANYTHING = {"train", "eval", "predict", "cli", "assemble", "saving", "towers"}
 MAY_IMPORT = {
     "__init__": set(),
     "units": set(),

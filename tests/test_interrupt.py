@@ -78,11 +78,11 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     launcher: str, options: list, number: signal.Signals, everyone: bool, runs: Runs, demo: Path, tmp_path: Path
 ) -> None:
     """A signal to one process, as `kill` and a scheduler send it, or to a terminal's whole group, as Ctrl-C does."""
-    arguments = [*STAGE1, "--data.train", demo / "train.csv", "--optim.epochs", 8, *options]
+    arguments = [*STAGE1, "--data.train", demo / "train.csv", *LONG, *options]
     run = Training(launcher, tmp_path / "run", *arguments)
     run.wait_for_steps()
-    ranks = run.ranks() if launcher in ("torchrun", "deepspeed") else [psutil.Process(run.process.pid)]
-    assert len(ranks) == (2 if launcher in ("torchrun", "deepspeed") else 1)
+    ranks = run.ranks()  # of a launcher; without one the process itself has no RANK
+    assert len(ranks) == (2 if launcher in ("torchrun", "deepspeed") else 0)
     if everyone:
         os.killpg(run.process.pid, number)
     else:
@@ -90,12 +90,12 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     _, alive = psutil.wait_procs(ranks, timeout=60)  # DeepSpeed's launcher does not wait for them
     assert not alive
     printed = run.end()
-    if len(ranks) == 1:
+    if not ranks:
         assert run.process.returncode == 75
     (left,) = list_checkpoints(tmp_path / "run")
     step = int(left.name.removeprefix("step-"))
     assert f"{number.name}: saving after this step, then stopping" in printed or launcher == "torchrun"
-    assert f"stopped after step {step} of 32, as asked: --resume goes on" in printed
+    assert f"stopped after step {step} of 400, as asked: --resume goes on" in printed
     assert len(read_losses(tmp_path / "run")) == step
 
 

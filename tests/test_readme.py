@@ -61,7 +61,7 @@ def test_every_setting_the_readme_names_exists() -> None:
         known |= {name.replace("_", "-") for name in other.__dataclass_fields__}
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
     launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}
-    launchers |= {"cpus-per-task", "signal", "requeue"}
+    launchers |= {"memory.…", "memory.", "cpus-per-task", "signal", "requeue"}
     flags = set(re.findall(r"(?<![-\w])--([a-z][a-z._-]*)", README)) - launchers
     assert "clip.no-flip" in flags
     assert {flag for flag in flags if flag.replace(".no-", ".") not in known} == set()

@@ -39,7 +39,9 @@ def cells(engine: str) -> list[Cell]:
     return found
 
 
-@pytest.mark.parametrize("engine", ["plain", "ddp", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "engine", ["plain", "ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3", "fsdp"]
+)
 def test_levers(engine: str) -> None:
     asked = cells(engine)
     expected: dict[int, list[float]] = {}

@@ -1,0 +1,42 @@
+"""The table of known towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigvivit.assemble import check_types, open_tower
+from bigvivit.config import ConfigError, ModelConfig
+from bigvivit.memory.plan import MemoryPlan
+from bigvivit.model.catalog import PUBLISHED, SIZES
+from bigvivit.towers import list_towers
+from tests.model.reference import MODELS
+from tests.test_cli import call
+
+
+def test_rows_are_what_they_say() -> None:
+    rows = {row.name: row for row in list_towers()}
+    assert rows.keys() == SIZES.keys() | PUBLISHED.keys()
+    g = rows["vit-g"]
+    assert (g.dimensions, g.tokens, g.vector) == ("40/1408/16/6144", 257, "CLS")
+    assert g.bf16_bytes == 2 * g.parameters
+    assert rows["facebook/dinov3-vit7b16-pretrain-lvd1689m"].tokens == 1 + 4 + 196
+    assert rows["facebook/dinov3-vit7b16-pretrain-lvd1689m"].fp16 == "no"
+    assert rows["google/siglip2-giant-opt-patch16-256"].vector == "pooler"
+    assert rows["facebook/vit-mae-huge"].normalisation == "ImageNet"
+
+
+def test_the_command_prints_them() -> None:
+    done = call("towers")
+    assert done.returncode == 0, done.stderr
+    assert "laion/CLIP-ViT-g-14" in done.stdout
+    assert "6.72 B" in done.stdout
+
+
+def test_a_tower_that_overflows_in_fp16_is_refused(tmp_path: Path) -> None:
+    MODELS["dinov3"]().config.save_pretrained(tmp_path)
+    source = open_tower(ModelConfig(tower=str(tmp_path), tower_init="random", tubelet=2), seed=0)
+    with pytest.raises(ConfigError, match=r"memory\.compute=fp16: tower .* overflows in fp16"):
+        check_types(source, MemoryPlan(compute="fp16"))
+    check_types(source, MemoryPlan(compute="bf16"))
