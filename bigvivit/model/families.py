@@ -54,7 +54,7 @@ class Family:
     resizes: bool = True
     """Whether Hugging Face's code interpolates positions to other image sizes."""
     fp16_safe: bool | None = None
-    """CLIP is published in fp16 and BLIP-2 runs its tower so; DINOv3 is reported to overflow; None where nobody says."""
+    """CLIP is published in fp16 and BLIP-2 runs its tower so; DINOv3 reportedly overflows; None where nobody says."""
     model_options: dict[str, Any] = field(default_factory=dict)
     embed_options: dict[str, Any] = field(default_factory=dict)
     layer_options: dict[str, Any] = field(default_factory=dict)
