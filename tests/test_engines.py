@@ -38,8 +38,13 @@ ENGINES = {
 }
 
 
+SLOW = {"zero0", "zero1"}
+
+
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENGINES]
+)
 def test_two_ranks_give_the_losses_of_one_plain_process(
     engine: str, stage: int, runs: Runs, demo: Path, tmp_path: Path
 ) -> None:
@@ -60,7 +65,7 @@ def test_two_ranks_give_the_losses_of_one_plain_process(
         torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_eight_bit_states_train_like_fp32_ones(name: str, runs: Runs, demo: Path, tmp_path: Path) -> None:
     """On the plain engine and sharded over two ranks, whose blocks of codes begin elsewhere."""
     lr = 0.02 if name == "sgd" else 3e-4

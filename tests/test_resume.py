@@ -51,7 +51,9 @@ def kill_and_copy(runs: Runs, demo: Path, out: Path, stage: int, *more: object) 
 DROP = ("--model.droplayer", 0.3)  # so that random states matter
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(1, "sgd"), (2, "adamw"), (1, "adamw8bit")])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [(1, "sgd"), (2, "adamw"), pytest.param(1, "adamw8bit", marks=pytest.mark.slow)]
+)
 def test_the_plain_engine_goes_on_bit_for_bit(
     stage: int, optimizer: str, runs: Runs, demo: Path, tmp_path: Path
 ) -> None:
@@ -69,8 +71,8 @@ def test_the_plain_engine_goes_on_bit_for_bit(
     ("optimizer", "launcher", "options"),
     [
         ("sgd", "torchrun", []),
-        ("adamw", "torchrun", ["--fsdp"]),
-        ("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"]),
+        pytest.param("adamw", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
+        pytest.param("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         ("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"]),
         pytest.param("sgd", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("sgd", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -11,7 +13,12 @@ from torch import nn
 from bigvivit.memory.placement import Placement
 from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.stream import StreamedLayer
-from bigvivit.units import Storage
+from bigvivit.units import KiB, MiB, Storage
+
+LOADING_THRESHOLD, USUAL_THRESHOLD = 64 * KiB, 32 * MiB
+"""Bytes from which malloc asks the kernel for memory of its own: while loading, and after it (glibc's own maximum)."""
+M_MMAP_THRESHOLD = -3
+"""glibc's number for it (malloc.h)."""
 
 Fill = Callable[[str, nn.Module], None]
 """Copies the weights of the piece of this name into a module on the CPU that has room for them."""
@@ -32,6 +39,24 @@ class Sharder(Protocol):
         ...
 
 
+@contextmanager
+def memory_goes_back() -> Iterator[None]:
+    """What is freed inside goes back to the kernel, not to malloc's heap.
+
+    There the short-lived buffers of one layer and the long-lived ones that are made between them would leave holes that
+    nothing fits in: packing a tower into int8 kept four times its bytes. Where malloc is not glibc's, nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LOADING_THRESHOLD)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, USUAL_THRESHOLD)
+
+
+@memory_goes_back()
 def load_pieces(
     pieces: Iterable[tuple[str, nn.Module]],
     units: Iterable[nn.Module],
@@ -55,6 +80,7 @@ def load_pieces(
             sharder.shard(unit)
 
 
+@memory_goes_back()
 def load_packed(
     pieces: Iterable[tuple[str, nn.Module]],
     units: Iterable[StreamedLayer],

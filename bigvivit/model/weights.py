@@ -9,15 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,6 +22,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from bigvivit.model.blocks import init_weights
 from bigvivit.model.catalog import SIZES
+from bigvivit.model.tensor_file import DTYPES, Entry, read_entries, read_tensor
 from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import inflate_kernel
 
@@ -51,9 +49,9 @@ class StoredTensor:
     """Where one of Hugging Face's parameters is stored."""
 
     file: Path
-    key: str
-    share: tuple[int, int] | None = None
-    """(i, n): the i-th of n equal parts along the first axis, where the file keeps several in one."""
+    entry: Entry
+    rows: tuple[int, int] | None = None
+    """(first, last), where the file keeps several parameters in one tensor."""
 
 
 def fetch_weights(spec: TowerSpec) -> Path:
@@ -116,16 +114,11 @@ def open_weights(spec: TowerSpec, folder: Path, tubelet: int) -> Fill:
 
     def fill(name: str, piece: nn.Module) -> None:
         refill_buffers(piece)
-        with ExitStack() as stack, torch.no_grad():
-            files: dict[Path, Any] = {}
+        with torch.no_grad():
             for key, parameter in piece.named_parameters():
                 full = hf_name(spec, name, key)
                 where = stored[full]
-                if where.file not in files:
-                    files[where.file] = stack.enter_context(safe_open(where.file, framework="pt"))
-                tensor = files[where.file].get_tensor(where.key)
-                if where.share is not None:
-                    tensor = tensor.chunk(where.share[1])[where.share[0]]
+                tensor = read_tensor(where.file, where.entry, where.rows)
                 if full == kernel and tensor.shape != parameter.shape:
                     tensor = inflate_kernel(tensor, tubelet)
                 parameter.copy_(tensor)
@@ -144,26 +137,27 @@ def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, Store
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a dict)
-                    shape = tuple(opened.get_slice(key).get_shape())
-                    full, pattern = key, None
-                    if key not in wanted:
-                        full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-                    names = [full] if pattern is None else split_names(full, pattern, converters)
-                    for part, name in enumerate(names):
-                        share = (part, len(names)) if len(names) > 1 else None
-                        stored[name] = StoredTensor(file, key, share)
-                        shapes[name] = shape if share is None else (shape[0] // len(names), *shape[1:])
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
+        for key, entry in read_entries(file).items():
+            full, pattern = key, None
+            if key not in wanted:
+                full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+            names = [full] if pattern is None else split_names(full, pattern, converters)
+            for part, name in enumerate(names):
+                share = entry.shape[0] // len(names) if len(names) > 1 else None
+                rows = None if share is None else (part * share, (part + 1) * share)
+                stored[name] = StoredTensor(file, entry, rows)
+                shapes[name] = entry.shape if share is None else (share, *entry.shape[1:])
 
     def fits(name: str) -> bool:
         image_kernel = (wanted[name][0], 3, *wanted[name][2:]) if name == kernel else None
         return shapes[name] in (wanted[name], image_kernel)
 
     faults = [f"{name} is missing" for name in wanted if name not in stored]
+    faults += [
+        f"{name} is in {stored[name].entry.dtype}, not in one of {', '.join(DTYPES)}"
+        for name in wanted
+        if name in stored and stored[name].entry.dtype not in DTYPES
+    ]
     faults += [
         f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
         for name in wanted
@@ -223,5 +217,4 @@ def finish_tower(folder: Path, spec: TowerSpec, tubelet: int) -> None:
 
 def stored_names(file: Path) -> Iterator[str]:
     """Names of the tensors in a safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        yield from opened.keys()
+    yield from read_entries(file)

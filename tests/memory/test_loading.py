@@ -1,0 +1,94 @@
+"""What loading a tower takes, by the kernel's count of a process's anonymous memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bigvivit.model.towers import build_hf_model, resolve_tower
+from tests.launching import ROOT, environment
+
+PROGRAM = """
+import json, sys, threading, time, torch
+from pathlib import Path
+from bigvivit import assemble
+from bigvivit.config import ClipConfig, ModelConfig
+from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.plan import MemoryPlan
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+folder, plan = sys.argv[1], MemoryPlan(**json.loads(sys.argv[2]))
+config = ModelConfig(tower=folder, tower_init="pretrained", tubelet=1, temporal_depth=1)
+source = assemble.open_tower(config, seed=0)
+clip = ClipConfig(frames=1, size=224, resize=224)
+model = assemble.build_model(source, config, clip, classes=2, adapter=True, seed=0)
+if plan.storage in ("int8", "nf4"):
+    import bitsandbytes.functional  # not what is measured
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+apply_plan(model, plan, frozen=True, fill=source.fill, device=torch.device("cpu"), scratch=Path(folder))
+done = True
+thread.join()
+print(json.dumps([peak - before, anonymous() - before]))
+"""
+
+
+def write_tower(folder: Path, size: str, dtype: torch.dtype) -> int:
+    """A tower of this size with random weights in one file; its number of parameters."""
+    spec = resolve_tower(size)
+    model = build_hf_model(spec, 1)
+    model.config.save_pretrained(folder)
+    tensors = {name: torch.randn(parameter.shape).to(dtype) for name, parameter in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def measure(folder: Path, **plan: object) -> tuple[int, int]:
+    """Growth of anonymous memory at its peak and at the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, folder, json.dumps(plan)],
+        check=False, cwd=ROOT, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, end = json.loads(done.stdout.splitlines()[-1])
+    return peak, end
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ("vit-b", torch.float32),
+        pytest.param("vit-g", torch.float32, marks=pytest.mark.slow),
+        pytest.param("vit-g", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_loading_takes_what_is_kept_and_little_more(size: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    parameters = write_tower(tmp_path, size, dtype)
+    bf16 = parameters * 2
+    peak, end = measure(tmp_path, storage="bf16")
+    assert bf16 * 0.95 <= end <= peak <= 1.15 * bf16  # all of it is touched
+    if dtype == torch.float32:
+        codes = {"int8": parameters, "nf4": parameters * 0.53}
+        for storage, kept in codes.items():
+            peak, end = measure(tmp_path, storage=storage)
+            assert kept * 0.9 <= end
+            assert peak <= kept * 1.15 + bf16 / 6, storage  # and the layer that is being packed
+        peak, end = measure(tmp_path, storage="bf16", placement="disk")
+        assert peak <= bf16 / 3  # never the tower: a layer or two
