@@ -94,7 +94,7 @@ def test_two_nodes(runs: Runs, demo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "options"), [("python", []), ("torchrun", ["--fsdp"]), ("torchrun", ["--ds", "ds_configs/zero3.json"])]
+    ("launcher", "options"), [("torchrun", ["--fsdp"]), ("torchrun", ["--ds", "ds_configs/zero3.json"])]
 )
 def test_validation_counts_each_clip_once(launcher: str, options: list, runs: Runs, demo: Path, tmp_path: Path) -> None:
     """15 clips over two ranks of 2: one rank has a batch fewer, and both a last one that is not full."""

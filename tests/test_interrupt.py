@@ -110,7 +110,10 @@ def test_the_losses_after_a_stop_are_those_without_one(runs: Runs, demo: Path, t
     assert read_losses(tmp_path / "run") == read_losses(runs["plain1"])
 
 
-@pytest.mark.parametrize(("launcher", "options"), [("torchrun", []), ("deepspeed", ["--ds", "ds_configs/zero3.json"])])
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [("torchrun", []), pytest.param("deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow)],
+)
 def test_one_rank_killed_ends_the_others_with_the_cause_first(
     launcher: str, options: list, demo: Path, tmp_path: Path
 ) -> None:

@@ -29,13 +29,18 @@ def test_a_streamed_tower_is_the_tower(name: str, group: int, chunk: int, tmp_pa
     torch.testing.assert_close(frozen(images), expected, rtol=1e-6, atol=1e-6)
 
 
+DIFFERENT = {"dinov3-swiglu", "siglip", "aimv2", "registers", "eva"}
+"""Trained whole, in stage 1, under every engine; test_towers.py shows for all that each weight gets a gradient."""
+
+
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
     folder = tmp_path_factory.mktemp("towers")
     found: list[Cell] = []
     for name, build in MODELS.items():
         build().config.save_pretrained(folder / name)
-        found += [{"stage": stage, "tower": str(folder / name), "image": 32} for stage in (1, 2)]
+        stages = (1, 2) if name in DIFFERENT else (2,)
+        found += [{"stage": stage, "tower": str(folder / name), "image": 32} for stage in stages]
     return found
 
 
