@@ -15,7 +15,7 @@ from bigvivit.model.towers import build_hf_model, resolve_tower
 from tests.launching import ROOT, environment
 
 PROGRAM = """
-import json, sys, threading, time, torch
+import ctypes, gc, json, sys, threading, time, torch
 from pathlib import Path
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ModelConfig
@@ -33,6 +33,8 @@ clip = ClipConfig(frames=1, size=224, resize=224)
 model = assemble.build_model(source, config, clip, classes=2, adapter=True, seed=0)
 if plan.storage in ("int8", "nf4"):
     import bitsandbytes.functional  # not what is measured
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # what importing and opening left behind would otherwise go back in between
 before, peak, done = anonymous(), 0, False
 
 def watch():
