@@ -95,11 +95,13 @@ def describe_result(result: dict[str, Any]) -> str:
 def print_table(headings: list[str], rows: list[list[object]]) -> None:
     """A table on the terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table(*headings)
+    # As text: rich would read a class or a folder named [x] as a style.
+    table = Table(*(Column(Text(heading)) for heading in headings))
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
 
 
@@ -160,7 +162,7 @@ def report(argv: list[str]) -> None:
     """`bigvivit report RUN [RUN ...]`."""
 
     def arguments(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> tuple[Path, ...]:
-        """Write report.md and report.png into each run's folder, and print one table of all."""
+        """Write report.md and report.png into each run's folder; print one table of all, and draw several together."""
         return runs
 
     runs = tyro.cli(arguments, args=argv, prog="bigvivit report")
@@ -169,9 +171,11 @@ def report(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from bigvivit.training.summary import build_table, write_page
+    from bigvivit.training.summary import build_table, draw_comparison, write_page
 
     pages = [write_page(run) for run in runs]
+    if len(runs) > 1:
+        pages += draw_comparison(list(runs))
     Console().print(build_table(list(runs)))
     for page in pages:
         print(f"wrote {page}")

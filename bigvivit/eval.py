@@ -53,6 +53,7 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
     for run, header, manifest in runs:
         outputs = gather_outputs(evaluate_run(run, header, manifest, config, device))
         if rank == 0:
+            check_finite(run, outputs, manifest)
             result = {"run": str(run), "frames": header.clip.frames, **describe(config), **score(outputs, manifest)}
             write_result(run, result, outputs, manifest, config.shuffle_frames)
             results.append(result)
@@ -123,6 +124,17 @@ def gather_outputs(own: Outputs) -> Outputs:
     logits = torch.cat([outputs.logits for outputs in everyone])
     failed = sorted(entry for outputs in everyone for entry in outputs.failed)
     return Outputs([indices[place] for place in order], logits[order], failed)
+
+
+def check_finite(run: Path, outputs: Outputs, manifest: Manifest) -> None:
+    """Raise ConfigError for logits that are no numbers: sorted, they would still give an accuracy."""
+    bad = [index for index, row in zip(outputs.indices, outputs.logits, strict=True) if not row.isfinite().all()]
+    if bad:
+        raise ConfigError(
+            f"{run} gives logits that are not finite for {len(bad)} of {len(outputs.indices)} clips "
+            f"({manifest.clips[bad[0]].path} is the first): its training diverged, or its compute type overflows; "
+            f"evaluate an earlier checkpoint"
+        )
 
 
 def describe(config: EvalConfig) -> dict[str, Any]:

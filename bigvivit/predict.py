@@ -54,7 +54,7 @@ class Prediction:
     labels: list[tuple[str, float]]
     """The likeliest classes and their probabilities, the likeliest first."""
     error: str | None = None
-    """Why it could not be read."""
+    """Why there is none."""
 
 
 def predict(config: PredictConfig) -> Iterator[Prediction]:
@@ -84,6 +84,9 @@ def predict(config: PredictConfig) -> Iterator[Prediction]:
         for index, reason in batch.failed:
             yield Prediction(paths[index], [], reason)
         for index, row in zip(batch.indices.tolist(), logits.softmax(-1), strict=False):
+            if not row.isfinite().all():
+                yield Prediction(paths[index], [], f"{paths[index]}: {config.run} gives scores that are not finite")
+                continue
             scores, numbers = row.topk(min(SHOWN, len(header.classes)))
             labels = [
                 (header.classes[number], score) for number, score in zip(numbers.tolist(), scores.tolist(), strict=True)

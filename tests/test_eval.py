@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bigvivit.assemble import load_run
+from bigvivit.cli import describe_result
 from bigvivit.config import ConfigError, EvalConfig
 from bigvivit.data.loader import build_eval_loader
 from bigvivit.data.manifest import Clip, Manifest, read_manifest
-from bigvivit.eval import Outputs, collect, confusion, evaluate_runs, score
-from bigvivit.training.checkpoint import TRAINABLES, read_header
+from bigvivit.eval import Outputs, collect, confusion, evaluate_runs, score, write_result
+from bigvivit.predict import PredictConfig, predict
+from bigvivit.training.checkpoint import TRAINABLES, read_header, read_trainables, write_checkpoint
 from tests.launching import BIN, ROOT, Runs, environment, free_port
 
 CPU = torch.device("cpu")
@@ -67,6 +71,41 @@ def test_scores_against_a_count_by_hand(classes: int) -> None:
 def test_nothing_that_can_be_read_is_an_error_not_a_zero() -> None:
     with pytest.raises(ConfigError, match=r"none of its 1 videos can be read:\n  - 0\.mp4 is empty"):
         score(Outputs([], torch.empty(0, 3), [(0, "0.mp4 is empty")]), make_manifest([1], 3))
+
+
+def test_a_class_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither rich nor matplotlib reads anything into it."""
+    names = ("[red]", "a[/b]", r"$\bad{$")
+    manifest = Manifest(Path("val.csv"), make_manifest([0, 1, 2], 3).clips, names)
+    outputs = Outputs([0, 1, 2], torch.eye(3), [])
+    result = {"run": "[/exp]", "frames": 8, **score(outputs, manifest)}
+    describe_result(result)
+    printed = capsys.readouterr().out
+    assert [name for name in (*names, "[/exp]: class") if name not in printed] == []
+    write_result(tmp_path, result, outputs, manifest, shuffle_frames=False)
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def diverged(runs: Runs, tmp_path: Path) -> Path:
+    """A whole checkpoint whose head holds a NaN."""
+    run = shutil.copytree(runs["plain1"], tmp_path / "diverged", ignore=shutil.ignore_patterns("eval*"))
+    header = read_header(run)
+    trainables = read_trainables(run, header)
+    trainables["head.bias"][0] = float("nan")
+    write_checkpoint(run, header, trainables)
+    return run
+
+
+def test_logits_that_are_no_numbers_give_no_accuracy(diverged: Path, demo: Path) -> None:
+    options: dict[str, Any] = {"views": 1, "crops": 1, "workers": 0, "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"diverged gives logits that are not finite for 16 of 16 clips \(.*\.mp4"):
+        evaluate_runs(EvalConfig(runs=(diverged,), manifest=demo / "val.csv", **options))
+    assert not (diverged / "eval.json").exists()
+    video = read_manifest(demo / "val.csv").clips[0].path
+    (prediction,) = predict(PredictConfig(run=diverged, paths=(video,), **options))
+    assert prediction.labels == []
+    assert "scores that are not finite" in str(prediction.error)
 
 
 @pytest.mark.parametrize("name", ["plain1", "zero2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -29,11 +28,11 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
 
 def open_tensorboard(folder: Path, first_step: int) -> Any:
     """A writer where TensorBoard is installed, else None. What a killed run wrote after `first_step` is passed over."""
-    if importlib.util.find_spec("tensorboard") is None:
+    try:  # not find_spec, which takes any folder of that name for it, such as the one a run writes
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
         return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(str(folder), purge_step=first_step + 1)  # from 0 too: killed before its first checkpoint
 
 
 class MetricsLog:

@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 
 from bigvivit.units import GiB
 
+mpl.rcParams["text.parse_math"] = False  # classes and folders may have dollar signs in their names
+
 READABLE = 40
 """Classes up to which their names fit along an axis."""
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from bigvivit.config import ConfigError
 from bigvivit.training.plots import draw_curves
@@ -79,11 +80,26 @@ def cells(known: dict[str, Any]) -> list[tuple[str, str]]:
 
 def build_table(runs: list[Path]) -> Table:
     """One column per run."""
-    table = Table("", *(str(run) for run in runs), title="bigvivit")
+    table = Table("", *(Column(Text(str(run))) for run in runs), title="bigvivit")  # as text: [x] would be a style
     columns = [cells(read_run(run)["known"]) for run in runs]
-    for row in zip(*columns, strict=True):
-        table.add_row(row[0][0], *(value for _, value in row))
+    for entries in zip(*columns, strict=True):
+        table.add_row(entries[0][0], *(Text(value) for _, value in entries))
     return table
+
+
+def draw_comparison(runs: list[Path]) -> list[Path]:
+    """`comparison.png` in the last run's folder, the curves of all over each other; none where no step is logged."""
+    metrics = {str(run): records for run in runs if (records := read_run(run)["metrics"])}
+    if not metrics:
+        return []
+    path = runs[-1] / "comparison.png"
+    draw_curves(path, metrics)
+    return [path]
+
+
+def row(*values: Any) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(str(value).replace('|', '&#124;') for value in values)} |"
 
 
 def write_page(run: Path) -> Path:
@@ -96,7 +112,7 @@ def write_page(run: Path) -> Path:
         lines += [f"Not finished: {steps} steps are logged.", ""]
     if "top1" not in known:
         lines += ["Not evaluated: `bigvivit eval` adds accuracies.", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {heading} | {value} |" for heading, value in cells(known)), ""]
+    lines += ["| | |", "| --- | --- |", *(row(*pair) for pair in cells(known)), ""]
     if metrics:
         draw_curves(run / "report.png", {run.name: metrics})
         lines += ["![Loss, validation, learning rate and memory by step](report.png)", ""]
@@ -104,17 +120,17 @@ def write_page(run: Path) -> Path:
         lines += ["## Classes", "", "| class | clips | correct | accuracy |", "| --- | --- | --- | --- |"]
         for entry in known["per_class"]:
             accuracy = "-" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
-            lines.append(f"| {entry['class']} | {entry['clips']} | {entry['correct']} | {accuracy} |")
+            lines.append(row(entry["class"], entry["clips"], entry["correct"], accuracy))
         lines += ["", "![Who is taken for whom](eval.png)", ""]
     for title, entries in (("in training", known.get("failed_clips")), ("in evaluation", known.get("failed"))):
         if entries:
             lines += [f"## Videos that could not be read {title}", ""]
             lines += [f"- {entry['path']}: {entry['reason']}" for entry in entries] + [""]
     lines += ["## Settings", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in flatten(record["config"]).items()]
+    lines += [row(*pair) for pair in flatten(record["config"]).items()]
     lines += ["", "## Environment", "", "| | |", "| --- | --- |"]
     environment = {key: value for key, value in record.items() if key != "config"}
-    lines += [f"| {name} | {value} |" for name, value in flatten(environment).items()]
+    lines += [row(*pair) for pair in flatten(environment).items()]
     path = run / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -7,16 +7,18 @@ import os
 import pty
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from bigvivit.training import metrics
 from bigvivit.training.metrics import MetricsLog
 
 RECORD = {"lr": 0.1, "clips_per_second": 33.2, "peak_bytes": 2**30, "seconds_left": 9.0}
 CODE = """
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from bigvivit.training.metrics import MetricsLog
 log = MetricsLog(Path(sys.argv[1]), 30, "stage 1")
@@ -71,9 +73,32 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines if "loss" in line] == [1, 2, 3.2, 4.2, 5.2]
 
 
-def test_without_tensorboard_nothing_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+def test_a_run_killed_before_its_first_checkpoint_starts_its_curves_anew(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (3, 2):
+        log = MetricsLog(tmp_path / "metrics.jsonl", 5, "stage 1")
+        for step in range(1, steps + 1):
+            log.report({"step": step, "loss": step + steps / 10, **RECORD})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 1)) for event in board.Scalars("loss")] == [(1, 1.2), (2, 2.2)]
+
+
+FOLDER = ModuleType("tensorboard")  # what importing a folder without code gives
+FOLDER.__spec__ = ModuleSpec("tensorboard", None)
+
+
+@pytest.mark.parametrize("found", [None, FOLDER], ids=["not installed", "a folder of that name"])
+def test_without_tensorboard_nothing_is_missed(
+    found: ModuleType | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", found)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
     log = MetricsLog(tmp_path / "metrics.jsonl", 5, "stage 1")
     log.report({"step": 1, "loss": 1.0, **RECORD})
     log.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(capsys.readouterr().out.splitlines()) == 1

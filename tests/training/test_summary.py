@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from bigvivit.config import ConfigError
-from bigvivit.training.summary import build_table, write_page
-from tests.launching import Runs
+from bigvivit.training import plots
+from bigvivit.training.summary import build_table, draw_comparison, write_page
+from tests.launching import Runs, read_losses
 
 
 @pytest.fixture
@@ -67,6 +68,35 @@ def test_a_table_of_runs_side_by_side(runs: Runs, run: Path) -> None:
     console.print(build_table([runs["zero1"], run]))
     (frames,) = (line for line in console.export_text().splitlines() if "frames per clip" in line)
     assert [cell.strip() for cell in frames.split("│")[2:4]] == ["8", "16"]
+
+
+def test_names_are_text_on_the_terminal_and_in_markdown(run: Path) -> None:
+    odd = run.with_name("[") / "exp] $a_{"  # a folder in a folder, which rich would read as a closing tag
+    odd.parent.mkdir()
+    run.rename(odd)
+    per_class = [{"class": "a|b", "clips": 1, "correct": 1, "accuracy": 1.0}]
+    (odd / "eval.json").write_text(json.dumps({"top1": 1.0, "top5": 1.0, "failed": [], "per_class": per_class}))
+    console = Console(width=300, record=True)
+    console.print(build_table([odd, odd]))
+    assert console.export_text().count("[/exp] $a_{") == 2
+    assert "| a&#124;b | 1 | 1 | 100.0% |" in write_page(odd).read_text()
+    assert draw_comparison([odd, odd]) == [odd / "comparison.png"]
+
+
+def test_curves_of_several_runs_lie_over_each_other(runs: Runs, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    first = shutil.copytree(runs["plain1"], run.with_name("first"))
+    (picture,) = draw_comparison([first, run])
+    assert picture == run / "comparison.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (loss, *_) = drawn[0].axes
+    assert [line.get_label() for line in loss.lines] == [str(first), str(run)]
+    for line, folder in zip(loss.lines, (first, run), strict=True):
+        assert list(line.get_ydata()) == read_losses(folder)
+    for folder in (first, run):
+        (folder / "metrics.jsonl").unlink()
+    assert draw_comparison([first, run]) == []
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
