@@ -18,7 +18,6 @@ from bigvivit.training.metrics import MetricsLog
 RECORD = {"lr": 0.1, "clips_per_second": 33.2, "peak_bytes": 2**30, "seconds_left": 9.0}
 CODE = """
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from bigvivit.training.metrics import MetricsLog
 log = MetricsLog(Path(sys.argv[1]), 30, "stage 1")
