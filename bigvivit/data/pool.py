@@ -234,7 +234,8 @@ def describe_exit(code: int | None) -> str:
 
 def work(shared: SharedDescriptor, connection: Connection, task: Task, shape: tuple[int, int], parent: int) -> None:
     """The worker process: answer tasks until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group; the parent saves first, and may need clips
+        signal.signal(number, signal.SIG_IGN)
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # by the kernel: a worker that hangs would never see the pipe end
     if os.getppid() != parent:

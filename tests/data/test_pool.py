@@ -88,10 +88,11 @@ def test_a_worker_killed_while_it_waits_costs_nothing(pool: Pool) -> None:
     assert {pool.submit(("pid", 0)).result() for _ in range(20)}.isdisjoint(pids)
 
 
-def test_workers_leave_ctrl_c_to_the_parent(pool: Pool) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_stopping_to_the_parent(pool: Pool, number: signal.Signals) -> None:
     before = {pool.submit(("pid", 0)).result() for _ in range(20)}
     for pid in before:
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, number)
     assert {pool.submit(("pid", 0)).result() for _ in range(20)} <= set(pool.pids)
     assert before <= set(pool.pids)
 
