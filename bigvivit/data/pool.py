@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import mmap
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import signal
@@ -79,6 +80,8 @@ class Pool:
         self.pids: set[int] = set()
         """Of the workers that run."""
         self.closing = False
+        # At exit, before multiprocessing asks its children to end, which these would not, and waits for them.
+        multiprocessing.util.Finalize(self, kill_all, (self.pids,), exitpriority=0)
         for thread in self.threads:
             thread.start()
 
@@ -104,9 +107,7 @@ class Pool:
     def close(self) -> None:
         """End the workers at once, whatever they are at; what still waits is cancelled."""
         self.closing = True
-        for pid in list(self.pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(self.pids)
         for _ in self.threads:
             self.tasks.put(None)
         for thread in self.threads:
@@ -220,6 +221,13 @@ class SharedDescriptor:
 
     def __setstate__(self, state: Any) -> None:
         self.descriptor = state.detach()
+
+
+def kill_all(pids: set[int]) -> None:
+    """End these processes at once, whatever they are at."""
+    for pid in list(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def describe_exit(code: int | None) -> str:
