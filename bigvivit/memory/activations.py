@@ -59,7 +59,7 @@ def keep_on_host(device: torch.device) -> Iterator[None]:
         root = tensor._base if tensor._base is not None else tensor
         if isinstance(root, nn.Parameter) or tensor.numel() == 0:
             return False, tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+        host = empty_on_host(tensor, pinned=device.type == "cuda")
         host.copy_(tensor, non_blocking=True)
         return True, host
 
@@ -70,3 +70,8 @@ def keep_on_host(device: torch.device) -> Iterator[None]:
     hooks: AbstractContextManager[Any] = saved_tensors_hooks(pack, unpack)
     with hooks:
         yield
+
+
+def empty_on_host(tensor: Tensor, pinned: bool) -> Tensor:
+    """Room in the host's memory for a tensor like this one."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

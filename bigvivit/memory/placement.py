@@ -106,7 +106,7 @@ class CpuPlacement:
         self.buffers: list[Tensor] = []
 
     def store(self, buffer: Tensor) -> int:
-        self.buffers.append(buffer.pin_memory() if self.device.type == "cuda" else buffer)
+        self.buffers.append(to_host(buffer, pinned=self.device.type == "cuda"))
         return len(self.buffers) - 1
 
     def fetch(self, number: int) -> Fetch:
@@ -134,11 +134,8 @@ class DiskPlacement:
 
     def store(self, buffer: Tensor) -> int:
         offset = sum(self.places[-1]) if self.places else 0
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        written = 0
-        while written < len(view):
-            written += os.pwrite(self.file.fileno(), view[written:], offset + written)
-        self.places.append((offset, len(view)))
+        write_bytes(self.file.fileno(), offset, buffer)
+        self.places.append((offset, len(buffer)))
         return len(self.places) - 1
 
     def fetch(self, number: int) -> Fetch:
@@ -186,6 +183,19 @@ class Moving:
         if event is not None:
             event.wait()  # the main stream waits, not this thread
         return self.target
+
+
+def to_host(tensor: Tensor, pinned: bool) -> Tensor:
+    """A tensor on the CPU as it waits there for the device."""
+    return tensor.pin_memory() if pinned else tensor
+
+
+def write_bytes(file: int, offset: int, source: Tensor) -> None:
+    """All of `source` to this place in the file."""
+    view = memoryview(source.numpy())  # type: ignore[arg-type]
+    written = 0
+    while written < len(view):
+        written += os.pwrite(file, view[written:], offset + written)
 
 
 def copy_bytes(source: Tensor, target: Tensor) -> Tensor:

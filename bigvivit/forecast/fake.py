@@ -1,0 +1,82 @@
+"""A world in which the real program runs without memory: fake tensors, and what they need changed, scoped.
+
+The CPU stands for the target's device. Where the target has memory of its own, apart from the host's, what lives on the
+host is on a device of another type, so that copies between the two are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from bigvivit.forecast.tracker import HOST
+from bigvivit.memory import activations, placement
+
+
+@contextmanager
+def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
+    """Inside, tensors are fake; `host` says whether the target's memory is another than the host's."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        # Module.to swaps a fake parameter for its new self, which fails where anything refers to it weakly.
+        stack.enter_context(patch.object(nn.Module, "_apply", replace_parameters))
+        # Nothing is copied in the background: there is nothing to copy.
+        stack.enter_context(patch.object(placement.Mover, "start", lambda mover, fill, landing, target: arrive(target)))
+        stack.enter_context(patch.object(placement, "write_bytes", lambda file, offset, buffer: None))
+        if host:
+            stack.enter_context(patch.object(placement, "to_host", lambda tensor, pinned: on_host(mode, tensor)))
+            stack.enter_context(
+                patch.object(activations, "empty_on_host", lambda tensor, pinned: on_host(mode, tensor))
+            )
+        stack.enter_context(mode)
+        yield mode
+
+
+def arrive(target: Tensor) -> placement.Here:
+    """A copy that has been made."""
+    return placement.Here(target)
+
+
+def on_host(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor like this one in the host's memory."""
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, meta, torch.device(HOST))
+
+
+def replace_parameters(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `Module._apply` does, with a new parameter in the place of one that changes."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+    for table in tables:
+        for name, old in table.items():
+            if old is not None:
+                with torch.no_grad():
+                    new = fn(old)
+                if new is not old:
+                    table[name] = nn.Parameter(new, old.requires_grad) if table is module._parameters else new
+    return module
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[None]:
+    """A process group of this size in which only rank 0 exists and collectives do nothing."""
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,246 @@
+"""The real training step on fake tensors, and its memory to the byte.
+
+`trace_steps` runs the step that training runs, on an engine that was built as training builds it. `trace_step` does the
+same for any module and step function.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
+
+from bigvivit.forecast.fake import fake_world
+from bigvivit.forecast.tracker import Allocation, Event, Tracker
+from bigvivit.memory.engine import Engine
+from bigvivit.memory.placement import CpuPlacement, DiskPlacement
+from bigvivit.memory.stream import FrozenTower, StreamedLayer
+from bigvivit.training.step import LabelledClips, train_step
+
+STEPS = 3
+"""Optimizer states appear in the first, ZeRO-3 knows the order of its fetches from the second on."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the bytes that were live at the peak."""
+
+    nbytes: int
+    cause: str
+    module: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Events of allocation and release, from building to the last step."""
+
+    events: Sequence[Event]
+
+    def peak_bytes(self, device: str = "cpu") -> int:
+        """Most that was live at once, after building."""
+        return self.find_peak(device)[1]
+
+    def find_peak(self, device: str = "cpu") -> tuple[int, int]:
+        """(place in the events, bytes) of the peak over the steps."""
+        live = peak = place = 0
+        for index, event in enumerate(self.events):
+            if event.allocation.device == device:
+                live += event.change
+                if event.step > 0 and live > peak:
+                    peak, place = live, index
+        return place, peak
+
+    def building_peak_bytes(self, device: str = "cpu") -> int:
+        """Most that was live at once while the model was built and loaded."""
+        live = peak = 0
+        for event in self.events:
+            if event.allocation.device == device and event.step == 0:
+                live += event.change
+                peak = max(peak, live)
+        return peak
+
+    def at_peak(self, device: str = "cpu") -> list[Part]:
+        """What was live at the peak, the largest first."""
+        place, _ = self.find_peak(device)
+        live: Counter[Allocation] = Counter()
+        for event in self.events[: place + 1]:
+            if event.allocation.device == device:
+                live[event.allocation] += event.change
+        return [
+            Part(size, a.cause, a.module, a.op, a.shape, str(a.dtype).removeprefix("torch."))
+            for a, size in live.most_common()
+            if size
+        ]
+
+    def composition(self, device: str = "cpu") -> dict[str, int]:
+        """Bytes at the peak by cause, the largest first."""
+        causes: Counter[str] = Counter()
+        for part in self.at_peak(device):
+            causes[part.cause] += part.nbytes
+        return dict(causes.most_common())
+
+    def timeline(self, device: str = "cpu") -> Iterator[tuple[int, Event]]:
+        """(live bytes, event) after each event."""
+        live = 0
+        for event in self.events:
+            if event.allocation.device == device:
+                live += event.change
+                yield live, event
+
+
+def trace_steps(
+    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS
+) -> Trace:
+    """`steps` train steps of the engine that `build()` gives, with the batch that it gives.
+
+    `host`: the target's memory is another than the host's, where clips and what is offloaded live.
+    """
+    tracker = Tracker()
+    with fake_world(host=host), label_streams(tracker):
+        with tracker:
+            engine, batch = build()
+        tracker.names.update({module: name for name, module in engine.module.named_modules()})
+        tower = {id(p) for p in engine.module.tower.parameters()}  # type: ignore[union-attr,operator]
+        for parameter in engine.module.parameters():
+            frozen = id(parameter) in tower and not parameter.requires_grad
+            tracker.note(parameter.data, "tower" if frozen else "trained weights")
+        for buffer in engine.module.buffers():
+            tracker.note(buffer, "tower")
+        note_placement(tracker, engine.module)
+        for tensor in (batch.clips, batch.labels):
+            tracker.note(tensor, "input")
+        for _ in range(steps):
+            tracker.step += 1
+            with tracker:
+                train_step(PhasedEngine(engine, tracker), [batch])
+    return Trace(tracker.events)
+
+
+class PhasedEngine:
+    """An engine that says what it is at."""
+
+    def __init__(self, engine: Engine, tracker: Tracker) -> None:
+        self.engine, self.tracker = engine, tracker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        self.tracker.phase = "forward"
+        return self.engine(clips)
+
+    def backward(self, loss: Tensor) -> None:
+        self.tracker.phase = "backward"
+        self.engine.backward(loss)
+        note_gradients(self.tracker, self.engine.module.parameters())
+
+    def step(self) -> float | None:
+        self.tracker.phase = "optimizer"
+        with note_states(self.tracker, self.engine.optimizer):  # type: ignore[attr-defined]
+            norm = self.engine.step()
+        self.tracker.phase = "forward"
+        return norm
+
+
+def trace_step(
+    step: Callable[[], Any],
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None = None,
+    mode: FakeTensorMode,
+    steps: int = STEPS,
+) -> Trace:
+    """Any step function over `modules` and `optimizer` whose tensors were made inside `fake_world`, whose mode it is."""
+    tracker = Tracker()
+    tracker.phase = "forward"
+    for root, module in modules.items():
+        tracker.names.update({part: f"{root}.{name}".rstrip(".") for name, part in module.named_modules()})
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        for parameter in parameters:
+            tracker.note(parameter.data, "weights")
+        for module in modules.values():
+            for buffer in module.buffers():
+                tracker.note(buffer, "weights")
+        if optimizer is not None:
+            stack.enter_context(note_states(tracker, optimizer))
+        for parameter in parameters:
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(lambda p: note_gradients(tracker, [p]))
+                stack.callback(hook.remove)
+        for _ in range(steps):
+            tracker.step += 1
+            with tracker:
+                step()
+    return Trace(tracker.events)
+
+
+def note_gradients(tracker: Tracker, parameters: Iterable[nn.Parameter]) -> None:
+    """Say which storages are gradients."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            tracker.note(parameter.grad, "gradients")
+
+
+@contextmanager
+def note_states(tracker: Tracker, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Say which storages are the optimizer's state, when it has made a step."""
+
+    def note(*_: Any) -> None:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    tracker.note(value, "optimizer state")
+
+    hook = optimizer.register_step_post_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def note_placement(tracker: Tracker, model: nn.Module) -> None:
+    """Say which storages are a packed tower."""
+    for part in model.modules():
+        if isinstance(part, FrozenTower) and part.placement is not None:
+            for buffer in getattr(part.placement, "buffers", ()):
+                tracker.note(buffer, "tower")
+            for unit in part.units():
+                for kept in getattr(unit, "kept", {}).values():
+                    tracker.note(kept, "tower")
+
+
+@contextmanager
+def label_streams(tracker: Tracker) -> Iterator[None]:
+    """Tell a streamed tower's fetched weights and hidden states apart from its work."""
+
+    def labelled(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with tracker.cause("fetched weights"):
+                return original(*args, **options)
+
+        return call
+
+    def note_hidden(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, StreamedLayer):
+            for chunk in output:
+                tracker.note(chunk[0] if isinstance(chunk, tuple) else chunk, "hidden states")
+
+    with ExitStack() as stack:
+        for owner, name in ((StreamedLayer, "weights"), (CpuPlacement, "fetch"), (DiskPlacement, "fetch")):
+            stack.enter_context(patch.object(owner, name, labelled(getattr(owner, name))))
+        hook = register_module_forward_hook(note_hidden)
+        stack.callback(hook.remove)
+        yield
