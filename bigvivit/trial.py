@@ -54,8 +54,12 @@ class Trial:
         return replace(self, frames=frames)
 
 
-def build_trial(trial: Trial, device: torch.device, *, fake: bool = False) -> tuple[Engine, LabelledClips]:
+def build_trial(
+    trial: Trial, device: torch.device, *, fake: bool = False, free_bytes: int | None = None
+) -> tuple[Engine, LabelledClips]:
     """The engine and one micro-batch of random clips. On fake tensors weights have no values, so none are drawn.
+
+    `free_bytes` is what groups and chunks of `auto` are chosen for: by default what is free on this machine.
 
     With several ranks the process group must be there. Raises ConfigError for what cannot be.
     """
@@ -71,7 +75,10 @@ def build_trial(trial: Trial, device: torch.device, *, fake: bool = False) -> tu
     source = open_source(trial, model_config, fake=fake)
     model = assemble.build_model(source, model_config, clip, classes=trial.classes, adapter=trial.stage == 2, seed=0)
     sharder = build_sharder(trial.ds, fsdp=trial.fsdp, device=device)
-    apply_plan(model, trial.plan, frozen=trial.stage == 2, fill=source.fill, device=device, sharder=sharder)
+    frozen = trial.stage == 2
+    apply_plan(
+        model, trial.plan, frozen=frozen, fill=source.fill, device=device, sharder=sharder, free_bytes=free_bytes
+    )
     model.train()
     optimizer = build_optimizer(model, optim)
     scheduler = build_scheduler(optimizer, optim, SCHEDULE)

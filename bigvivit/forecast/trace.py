@@ -106,7 +106,7 @@ def trace_steps(
 
     `host`: the target's memory is another than the host's, where clips and what is offloaded live.
     """
-    tracker = Tracker()
+    tracker = Tracker(collective_scratch=not host)
     with fake_world(host=host), label_streams(tracker):
         with tracker:
             engine, batch = build()

@@ -60,6 +60,8 @@ class Tracker(TorchDispatchMode):
 
     names: dict[nn.Module, str] = field(default_factory=dict)
     """Of modules, as people know them."""
+    collective_scratch: bool = False
+    """Count what gloo takes for itself."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -153,6 +155,10 @@ class Tracker(TorchDispatchMode):
         if func is aten.add.Tensor and self.adds_in_place(args):
             return aten.add_.Tensor(*args)
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            if self.collective_scratch:
+                self.scratch(func, args)
+            return result
         if func is not aten.detach.default:
             name = str(func)
             for value in result if isinstance(result, tuple | list) else (result,):
@@ -161,6 +167,19 @@ class Tracker(TorchDispatchMode):
                     if storage not in self.live:
                         self.allocate(value, storage, self.usual_cause(), name)
         return result
+
+    def scratch(self, func: Any, args: tuple[Any, ...]) -> None:
+        """What gloo flattens its lists of tensors into, as long as a collective runs."""
+        sizes = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args) if isinstance(tensor, Tensor)]
+        name = func._schema.name
+        if sizes and ("allgather" in name or "reduce_scatter" in name):
+            phase = self.current_phase()
+            allocation = Allocation(
+                next(self.numbers), 0, "cpu", self.step, phase, "collectives", self.current_module(phase), name,
+                (max(sizes),), torch.uint8,
+            )  # fmt: skip
+            self.resize(allocation, max(sizes))
+            self.resize(allocation, 0)
 
     def usual_cause(self) -> str:
         """What an operator's result is for, as far as that shows when it is made."""

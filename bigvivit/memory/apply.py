@@ -30,11 +30,13 @@ def apply_plan(
     device: torch.device,
     sharder: Sharder | None = None,
     scratch: Path | None = None,
+    free_bytes: int | None = None,
 ) -> None:
     """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
 
     `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them; `scratch` is a folder
-    for the file of a tower that lives on disk, where temporary files go by default.
+    for the file of a tower that lives on disk, where temporary files go by default. `free_bytes` is what groups and chunks
+    may be chosen for: by default what is free now.
     """
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
@@ -49,7 +51,7 @@ def apply_plan(
         if is_packed(plan):
             placement = build_placement(plan.placement, device, scratch or Path(tempfile.gettempdir()))
         costly = sharder is not None or plan.placement != "device" or compute != value_dtype(plan.storage)
-        choose = build_choice(plan, device, costly=costly or is_quantized(plan.storage))
+        choose = build_choice(plan, device, free_bytes, costly=costly or is_quantized(plan.storage))
         # Before sharding: a StreamedLayer is the unit that is gathered.
         model.tower = stream = FrozenTower(tower, compute, device, choose, placement)
         units, storage = stream.units(), value_dtype(plan.storage)
@@ -77,9 +79,11 @@ def is_packed(plan: MemoryPlan) -> bool:
     return plan.placement != "device" or is_quantized(plan.storage)
 
 
-def build_choice(plan: MemoryPlan, device: torch.device, *, costly: bool) -> Callable[[int, int, int], Stream]:
-    """`choose_stream` for the memory that is free now, on the rank that has least: all must fetch as often."""
-    free_bytes = least_over_ranks(measure_free(device), device)
+def build_choice(
+    plan: MemoryPlan, device: torch.device, given: int | None, *, costly: bool
+) -> Callable[[int, int, int], Stream]:
+    """`choose_stream` for so many bytes, or those that are free now on the rank that has least: all fetch as often."""
+    free_bytes = least_over_ranks(measure_free(device), device) if given is None else given
 
     def choose(tubelets: int, hidden_bytes: int, work_bytes: int) -> Stream:
         return choose_stream(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor import DTensor
 
 from bigvivit.memory.engine import PlainEngine
@@ -60,3 +66,12 @@ class FsdpEngine(PlainEngine):
             if dist.get_rank() == 0:
                 whole[name] = tensor.cpu()
         return whole
+
+
+@contextmanager
+def fsdp_on_fake_tensors() -> Iterator[None]:
+    """Make `fully_shard` work inside a FakeTensorMode that is entered later, on a fake process group."""
+    # Made now, since which rank a mesh puts us on is looked up by value, and fake tensors have none.
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with patch.object(_fully_shard, "_init_default_mesh", lambda *_, **__: mesh):
+        yield
