@@ -21,6 +21,7 @@ def main() -> None:
         "train": (train, "train one stage"),
         "eval": (evaluate, "accuracy of trained runs"),
         "predict": (predict, "what a trained run takes videos for"),
+        "plan": (plan, "whether a training step fits hardware that need not be here"),
         "towers": (towers, "the towers known by name: size, memory, tokens"),
         "check": (check, "find the videos of a manifest that cannot be read"),
         "report": (report, "a page with curves of each run, and one table of all"),
@@ -156,6 +157,14 @@ def check(argv: list[str]) -> None:
     found = check_manifest(tyro.cli(CheckConfig, args=argv, prog="bigvivit check"))
     print(describe(found), end="")
     sys.exit(1 if has_findings(found) else 0)
+
+
+def plan(argv: list[str]) -> None:
+    """`bigvivit plan --tower … --frames … --hardware …`."""
+    from bigvivit.plan import PlanConfig
+    from bigvivit.plan import plan as forecast
+
+    forecast(tyro.cli(PlanConfig, args=argv, prog="bigvivit plan"))
 
 
 def report(argv: list[str]) -> None:

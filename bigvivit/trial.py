@@ -1,22 +1,37 @@
-"""One training step without videos, as a configuration describes it: what benches measure and forecasts trace."""
+"""One training step without videos, as a configuration describes it: what benches measure and forecasts trace.
+
+`python -m bigvivit.trial '{"stage": 2, "tower": "vit-b", "frames": 8}'` measures one rank of it on the CPU.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
+from bigvivit.forecast.fake import fake_ranks
+from bigvivit.forecast.trace import STEPS, Trace, trace_steps
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import Engine
+from bigvivit.memory.measure import count_cpu_allocations
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
+from bigvivit.memory.quantize import is_quantized
+from bigvivit.memory.ranks import start_process_group
 from bigvivit.model.towers import resolve_tower
 from bigvivit.training.optim import build_optimizer, build_scheduler
-from bigvivit.training.step import LabelledClips
+from bigvivit.training.step import LabelledClips, train_step
 
 CLASSES, SCHEDULE = 400, 10
 """Of Kinetics; and steps of a learning-rate schedule that nobody finishes."""
@@ -49,9 +64,15 @@ class Trial:
         check_frames(self.frames, self.tubelet)
         check_memory(self.plan, self.stage)
 
-    def with_frames(self, frames: int) -> Trial:
-        """The same with another number of frames."""
-        return replace(self, frames=frames)
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Trial:
+        """What `to_json` wrote; fields may be left out."""
+        values = json.loads(text)
+        return cls(**{**values, "plan": MemoryPlan(**values.get("plan", {}))})
 
 
 def build_trial(
@@ -91,6 +112,45 @@ def build_trial(
     return engine, batch
 
 
+def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False) -> Trace:
+    """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
+
+    `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
+    they do on CUDA. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
+    """
+
+    if is_quantized(trial.plan.storage):
+        import bitsandbytes.functional  # noqa: F401 - whose import would keep tensors of ours if it came later
+
+    def build() -> tuple[Engine, LabelledClips]:
+        engine, batch = build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
+        optimizer: torch.optim.Optimizer = engine.optimizer  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            if "foreach" in group:
+                group["foreach"] = foreach
+        return engine, batch
+
+    with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
+        return trace_steps(build, host=host)
+
+
+@contextmanager
+def fake_engine(trial: Trial) -> Iterator[None]:
+    """What the trial's engine needs to run on fake tensors."""
+    if trial.ds is not None:
+        from bigvivit.memory.zero import zero_on_fake_tensors
+
+        with zero_on_fake_tensors():
+            yield
+    elif trial.fsdp:
+        from bigvivit.memory.fsdp import fsdp_on_fake_tensors
+
+        with fsdp_on_fake_tensors():
+            yield
+    else:
+        yield
+
+
 def open_source(trial: Trial, model: ModelConfig, *, fake: bool) -> assemble.TowerSource:
     """The tower with random weights, or with none."""
     if not fake:
@@ -112,3 +172,34 @@ def fill_nothing(name: str, piece: torch.nn.Module) -> None:
 def shorten(config: Any, layers: int) -> Any:
     """A copy of a tower's configuration with fewer layers."""
     return type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+
+
+def measure_trial(trial: Trial, steps: int = STEPS) -> int:
+    """Peak bytes of PyTorch's CPU allocator over real steps, by its own count. The process group must be there."""
+    device = torch.device("cpu")
+    with count_cpu_allocations() as building:
+        engine, batch = build_trial(trial, device)
+    with count_cpu_allocations() as training:
+        for _ in range(steps):
+            train_step(engine, [batch])
+    return building.left_bytes + training.peak_bytes
+
+
+def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work.wait, **options: Any) -> bool:
+    """Wait, and let gloo's thread let go first: what it frees, this thread's count would never see."""
+    done: bool = original(work, *arguments, **options)
+    time.sleep(0.003)
+    return done
+
+
+def main() -> None:
+    """Measure the trial of the command line; ranks come from the environment, as launchers set it."""
+    trial = Trial.from_json(sys.argv[1])
+    dist.Work.wait = wait_for_threads  # type: ignore[method-assign,assignment]
+    start_process_group(torch.device("cpu"), trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
+    print(json.dumps({"peak_bytes": measure_trial(trial)}), flush=True)
+    os._exit(0)  # taking a process group down can wait for ranks that are gone
+
+
+if __name__ == "__main__":
+    main()

@@ -68,9 +68,9 @@ def replace_parameters(module: nn.Module, fn: Callable[[Tensor], Tensor], recurs
 
 
 @contextmanager
-def fake_ranks(world: int) -> Iterator[None]:
-    """A process group of this size in which only rank 0 exists and collectives do nothing."""
-    if world == 1:
+def fake_ranks(world: int, *, always: bool) -> Iterator[None]:
+    """A process group of this size in which only rank 0 exists and collectives do nothing; for one rank if `always`."""
+    if world == 1 and not always:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
-from bigvivit.forecast.fake import fake_world
+from bigvivit.forecast.fake import fake_world, on_host
 from bigvivit.forecast.tracker import Allocation, Event, Tracker
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.placement import CpuPlacement, DiskPlacement
@@ -99,25 +100,25 @@ class Trace:
                 yield live, event
 
 
-def trace_steps(
-    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS
-) -> Trace:
+def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS) -> Trace:
     """`steps` train steps of the engine that `build()` gives, with the batch that it gives.
 
     `host`: the target's memory is another than the host's, where clips and what is offloaded live.
     """
     tracker = Tracker(collective_scratch=not host)
-    with fake_world(host=host), label_streams(tracker):
+    with fake_world(host=host) as mode, label_streams(tracker):
         with tracker:
             engine, batch = build()
+            if host:
+                batch.clips, batch.labels = on_host(mode, batch.clips), on_host(mode, batch.labels)
         tracker.names.update({module: name for name, module in engine.module.named_modules()})
-        tower = {id(p) for p in engine.module.tower.parameters()}  # type: ignore[union-attr,operator]
-        for parameter in engine.module.parameters():
-            frozen = id(parameter) in tower and not parameter.requires_grad
-            tracker.note(parameter.data, "tower" if frozen else "trained weights")
+        for name, parameter in engine.module.named_parameters():
+            cause = "trained weights" if parameter.requires_grad else "tower"
+            tracker.note(parameter.data, cause, module=name.rpartition(".")[0])
         for buffer in engine.module.buffers():
             tracker.note(buffer, "tower")
         note_placement(tracker, engine.module)
+        note_shards(tracker, engine)
         for tensor in (batch.clips, batch.labels):
             tracker.note(tensor, "input")
         for _ in range(steps):
@@ -161,7 +162,7 @@ def trace_step(
     mode: FakeTensorMode,
     steps: int = STEPS,
 ) -> Trace:
-    """Any step function over `modules` and `optimizer` whose tensors were made inside `fake_world`, whose mode it is."""
+    """Any step function over `modules` and `optimizer`, whose tensors were made inside the `fake_world` of `mode`."""
     tracker = Tracker()
     tracker.phase = "forward"
     for root, module in modules.items():
@@ -220,6 +221,23 @@ def note_placement(tracker: Tracker, model: nn.Module) -> None:
             for unit in part.units():
                 for kept in getattr(unit, "kept", {}).values():
                     tracker.note(kept, "tower")
+
+
+def note_shards(tracker: Tracker, engine: Engine) -> None:
+    """Say which storages are DeepSpeed's: this rank's part of weights, and its buffers."""
+    inner = getattr(getattr(engine, "engine", None), "optimizer", None)
+    if inner is None:
+        return
+    for name, value in vars(inner).items():
+        buffers = any(word in name for word in ("grad", "ipg", "bucket", "buffer"))
+        weights = any(word in name for word in ("fp32", "bit16", "fp16", "partition"))
+        if buffers or weights:
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                    tracker.note(tensor, "buckets" if buffers else "trained weights")
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            tracker.note(parameter.ds_tensor, "trained weights" if parameter.requires_grad else "tower")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every storage that a program's operators make, as events: bytes, when, on which device, in what phase, of which module.
+"""Every storage that a program's operators make, as events: bytes, device, phase, module and cause.
 
 One dispatch mode counts a storage when an operator returns it and uncounts it when it dies, so on fake tensors it sees
 what the real program would allocate. What kernels allocate inside themselves no dispatch mode sees.
@@ -78,15 +78,17 @@ class Tracker(TorchDispatchMode):
         self.hooks: list[Any] = []
         self.inputs: set[int] = set()
 
-    def note(self, tensor: Tensor, cause: str, op: str = "") -> None:
-        """Count a tensor that is there, or say what one that is counted is for."""
+    def note(self, tensor: Tensor, cause: str, module: str | None = None) -> None:
+        """Count a tensor that is there, or say what one that is counted is for, and whose it is."""
         for part in local_tensors(tensor):
             storage = part.untyped_storage()
             known = self.live.get(storage)
             if known is None:
-                self.allocate(part, storage, cause, op)
-            else:
+                self.allocate(part, storage, cause, "")
+                known = self.live.get(storage)
+            if known is not None:
                 known.cause = cause
+                known.module = known.module if module is None else module
 
     def allocate(self, tensor: Tensor, storage: torch.UntypedStorage, cause: str, op: str) -> None:
         """A storage that was not there before."""
@@ -151,7 +153,7 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch comes back here with the local tensors
         if func is aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point and 1.0 or 1  # a value that does not exist is taken for one
+            return (args[0].dtype.is_floating_point and 1.0) or 1  # a value that does not exist is taken for one
         if func is aten.add.Tensor and self.adds_in_place(args):
             return aten.add_.Tensor(*args)
         result = func(*args, **(kwargs or {}))
@@ -202,7 +204,8 @@ class Tracker(TorchDispatchMode):
             and old.shape == new.shape
             and old.dtype == new.dtype
             and old.is_contiguous()
-            and old._use_count() <= HELD_BY_BUFFER_ALONE[0]
+            and old._use_count()  # type: ignore[attr-defined]
+            <= HELD_BY_BUFFER_ALONE[0]
             and torch._C._storage_Use_Count(old.untyped_storage()._cdata) <= HELD_BY_BUFFER_ALONE[1]
         )
 
@@ -220,7 +223,7 @@ class Tracker(TorchDispatchMode):
             return result
 
         self.original_resize = original
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]  # how FSDP2 frees what it gathered
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]  # how FSDP2 frees what it gathered
         super().__enter__()
         return self
 

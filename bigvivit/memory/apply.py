@@ -35,8 +35,8 @@ def apply_plan(
     """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
 
     `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them; `scratch` is a folder
-    for the file of a tower that lives on disk, where temporary files go by default. `free_bytes` is what groups and chunks
-    may be chosen for: by default what is free now.
+    for the file of a tower that lives on disk, where temporary files go by default. `free_bytes` is what groups and
+    chunks may be chosen for: by default what is free now.
     """
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped

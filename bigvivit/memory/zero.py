@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -201,6 +202,9 @@ def zero_on_fake_tensors() -> Iterator[None]:
     }
     deepspeed.utils.logger.setLevel(logging.WARNING)
     with ExitStack() as stack:
+        # As a launcher would say it; DeepSpeed looks nowhere else.
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
+        stack.enter_context(patch.dict(os.environ, {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}))
         stack.enter_context(patch.object(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None))
         for name, module in list(sys.modules.items()):
             if name.startswith("deepspeed"):

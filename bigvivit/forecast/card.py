@@ -1,0 +1,94 @@
+"""From a trace to a verdict: what PyTorch's caching allocator on one card would make of it.
+
+Nothing here has been run on a GPU by us. The allocator model was held to published recordings of real GPUs
+(`bench/allocator.py`), traces to the CPU allocator's own count (`bench/forecast_accuracy.py`); what lies outside of
+both is a table of constants with sources and ranges (`forecast/overhead.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.alloc_conf import AllocatorSettings
+from bigvivit.forecast.allocator import Allocator
+from bigvivit.forecast.overhead import Overhead, capacity, forecast_overhead
+from bigvivit.forecast.simulate import Run, simulate
+from bigvivit.forecast.trace import Trace
+from bigvivit.memory.plan import MemoryPlan
+
+THREADS = 2
+"""That run matrix products: the caller's, and autograd's. Each has a cuBLAS workspace."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a traced step fits a card, in the worst, the expected and the best case of what is not in the trace."""
+
+    trace: Trace
+    overhead: Overhead
+    runs: tuple[Run, Run, Run]
+    """With the least, the expected and the greatest capacity."""
+    capacities: tuple[int, int, int]
+    """Bytes that PyTorch's allocator can have in each."""
+
+    @property
+    def fits(self) -> tuple[bool, bool, bool]:
+        """In the worst, the expected and the best case."""
+        return tuple(run.out_of_memory is None for run in self.runs)  # type: ignore[return-value]
+
+    @property
+    def word(self) -> str:
+        """`fits`, `does not fit`, or what lies between."""
+        worst, expected, best = self.fits
+        if worst:
+            return "fits"
+        if expected:
+            return "should fit"
+        return "might fit" if best else "does not fit"
+
+
+def judge(trace: Trace, accelerator: Accelerator, *, ranks: int, settings: AllocatorSettings | None = None) -> Verdict:
+    """Replay the trace through the allocator model with what the card leaves. Raises ConfigError where that is nothing.
+
+    The device's workspaces are requested first, as in the first matrix products of a run.
+    """
+    overhead = forecast_overhead(accelerator, ranks=ranks)
+    capacities = capacity(accelerator, overhead)
+    program = list(allocator_events(trace))
+    runs = []
+    for place, workspaces in zip(capacities, reversed(overhead.workspaces()), strict=True):
+        allocator = Allocator(settings or AllocatorSettings(), capacity_bytes=place)
+        start = [("a", -1 - thread, workspaces, 0) for thread in range(THREADS)]
+        runs.append(simulate([*start, *program], allocator))
+    return Verdict(trace, overhead, (runs[0], runs[1], runs[2]), capacities)
+
+
+def allocator_events(trace: Trace, device: str = "cpu") -> Iterator[tuple[str, int, int, int]]:
+    """The trace as `simulate` takes it. A storage that is resized is another block."""
+    blocks: dict[int, tuple[int, int]] = {}
+    numbers = 0
+    for event in trace.events:
+        if event.allocation.device != device:
+            continue
+        number, size = event.allocation.number, event.change
+        if number in blocks:
+            block, before = blocks.pop(number)
+            yield "f", block, 0, 0
+            size += before
+        if size > 0:
+            blocks[number] = (numbers, size)
+            yield "a", numbers, size, 0
+            numbers += 1
+
+
+def resolve_types(plan: MemoryPlan, accelerator: Accelerator) -> MemoryPlan:
+    """The plan with every `auto` type as this card would choose it."""
+    compute, autocast = plan.compute, plan.autocast
+    has_bf16 = "bf16" in accelerator.rates or (accelerator.capability or 0) >= 80
+    if compute == "auto":
+        compute = "bf16" if has_bf16 else "fp32"
+    if autocast == "auto":
+        autocast = "bf16" if has_bf16 else "fp32"
+    return replace(plan, compute=compute, autocast=autocast)

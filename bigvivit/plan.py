@@ -1,0 +1,185 @@
+"""`bigvivit plan`: what a training step would take on hardware that need not be here, and of what it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bigvivit.config import ClipConfig, ConfigError, OptimConfig, check_frames, check_memory
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
+from bigvivit.memory.ds_json import read_ds_json
+from bigvivit.memory.plan import MemoryPlan
+from bigvivit.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from bigvivit.forecast.card import Verdict
+    from bigvivit.forecast.trace import Part
+    from bigvivit.trial import Trial
+
+BAR, LARGEST = 40, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Forecast the memory of a training step: the real step, traced on fake tensors, without a GPU.
+
+    Nothing of this has been compared with a GPU of ours. Traces are held to the CPU allocator's own count and to real
+    ranks over gloo, the allocator model to published recordings of GPUs; the rest is a table of constants with ranges.
+    """
+
+    tower: str
+    """Image tower: a name of `bigvivit towers`, a hub id or a local folder."""
+    frames: int
+    """Frames per clip."""
+    hardware: str
+    """An accelerator of the table, such as `2080 Ti` or `A100 80GB`, or memory alone, such as 24GiB."""
+    stage: Literal[1, 2] = 2
+    """1: the whole model trains. 2: adapter, temporal transformer and head train above a frozen tower."""
+    ranks: int = 1
+    """Devices, one rank each."""
+    clips: int = 1
+    """Clips of a rank's micro-batch."""
+    size: int = 224
+    """Pixels of a clip's side."""
+    tubelet: int = 2
+    """Frames per tubelet."""
+    temporal_depth: int = 4
+    """Layers of the temporal transformer."""
+    classes: int = 400
+    """Of the head."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """8-bit optimizers do not run on fake tensors yet."""
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+    ds: Path | None = None
+    """DeepSpeed configuration: ZeRO 1 to 3."""
+    fsdp: bool = False
+    """Shard with FSDP2."""
+    explain: bool = False
+    """Say what the peak is made of."""
+    timeline: Path | None = None
+    """Write a picture of memory over the steps: one HTML file."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "clips", "temporal_depth", "classes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.fsdp and self.ds is not None:
+            raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
+        if self.timeline is not None and not self.timeline.absolute().parent.is_dir():
+            raise ConfigError(f"timeline={self.timeline}: {self.timeline.parent} is not a folder; give another")
+        ClipConfig(frames=self.frames, size=self.size, resize=self.size)
+        check_frames(self.frames, self.tubelet)
+        check_memory(self.memory, self.stage)
+
+
+def find_hardware(name: str) -> Accelerator:
+    """A row of the table, or memory by hand. Raises ConfigError."""
+    try:
+        return accelerator_by_hand(parse_bytes(name))
+    except ValueError:
+        return find_accelerator(name)
+
+
+def plan(config: PlanConfig) -> None:
+    """Trace, judge and print. Raises ConfigError for what cannot be."""
+    card = find_hardware(config.hardware)
+    batch_size = config.clips * config.ranks
+    optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0)
+    ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
+
+    from bigvivit.forecast.card import judge, resolve_types
+    from bigvivit.forecast.overhead import capacity, forecast_overhead
+    from bigvivit.trial import Trial, trace_trial
+
+    trial = Trial(
+        stage=config.stage,
+        tower=config.tower,
+        frames=config.frames,
+        size=config.size,
+        tubelet=config.tubelet,
+        temporal_depth=config.temporal_depth,
+        clips=config.clips,
+        classes=config.classes,
+        optimizer=config.optimizer,
+        plan=resolve_types(config.memory, card),
+        fsdp=config.fsdp,
+        ds=ds,
+        world=config.ranks,
+    )
+    _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
+    trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
+    verdict = judge(trace, card, ranks=config.ranks)
+    if config.timeline is not None:
+        from bigvivit.forecast.timeline import write_timeline
+
+        write_timeline(trace, config.timeline, describe(trial, card), limit_bytes=there)
+    if config.json:
+        print(json.dumps(to_json(config, card, verdict), indent=2))
+        return
+    print_verdict(trial, card, verdict)
+    if config.explain:
+        print_composition(verdict)
+    if config.timeline is not None:
+        print(f"wrote {config.timeline}")
+
+
+def describe(trial: Trial, card: Accelerator) -> str:
+    """One line."""
+    ranks = f"{trial.world} x " if trial.world > 1 else ""
+    return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {ranks}{card.name}"
+
+
+def to_json(config: PlanConfig, card: Accelerator, verdict: Verdict) -> dict[str, Any]:
+    """For programs; bytes throughout."""
+    return {
+        "evidence": "forecast",
+        "hardware": card.name,
+        "fits": dict(zip(("worst", "expected", "best"), verdict.fits, strict=True)),
+        "peak_bytes": verdict.trace.peak_bytes(),
+        "host_peak_bytes": verdict.trace.peak_bytes("host"),
+        "reserved_bytes": [run.peak_reserved_bytes for run in verdict.runs],
+        "capacity_bytes": list(verdict.capacities),
+        "composition_bytes": verdict.trace.composition(),
+        "settings": json.loads(json.dumps(replace(config, ds=config.ds).__dict__, default=str)),
+    }
+
+
+def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
+    """Whether it fits, and by how much."""
+    trace, expected = verdict.trace, verdict.runs[1]
+    low, there, high = verdict.capacities
+    print(f"{describe(trial, card)}: {verdict.word} (forecast)")
+    print(f"  tensors at the peak   {format_bytes(trace.peak_bytes())}, of the device")
+    if expected.out_of_memory is None:
+        print(f"  reserved by PyTorch   {format_bytes(expected.peak_reserved_bytes)}")
+    else:
+        print(f"  out of memory         {expected.out_of_memory}")
+    print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
+    print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
+
+
+def print_composition(verdict: Verdict) -> None:
+    """Bars by cause, the largest tensors, and what the range of capacity is made of."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    causes = verdict.trace.composition()
+    most = max(causes.values(), default=1)
+    console.print("at the peak:")
+    for cause, size in causes.items():
+        console.print(f"  {cause:<16} {format_bytes(size):>9}  {'█' * max(1, round(size / most * BAR))}")
+    console.print("largest tensors:")
+    alike: dict[tuple[str, ...], list[Part]] = {}
+    for part in verdict.trace.at_peak():
+        alike.setdefault((part.cause, part.dtype, "x".join(map(str, part.shape))), []).append(part)
+    for (cause, dtype, shape), parts in list(alike.items())[:LARGEST]:
+        count = f"{len(parts)} x " if len(parts) > 1 else ""
+        console.print(f"  {count}{format_bytes(parts[0].nbytes)}  {cause}, {dtype} {shape}: {parts[0].module or '-'}")
+    console.print("outside of the trace:")
+    for line in verdict.overhead.explain():
+        console.print(f"  {line}")

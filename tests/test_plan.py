@@ -1,0 +1,67 @@
+"""`bigvivit plan`, as its users call it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launching import BIN, ROOT, environment
+
+
+def plan(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "bigvivit", "plan", *words]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+def test_it_says_whether_it_fits_and_why(tmp_path: Path) -> None:
+    page = tmp_path / "line.html"
+    done = plan("--tower", "vit-h", "--frames", "32", "--hardware", "24GiB", "--explain", "--timeline", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "fits (forecast)" in done.stdout
+    for word in ("tower", "gradients", "optimizer state", "largest tensors", "CUDA context"):
+        assert word in done.stdout
+    assert "<svg" in page.read_text()
+    assert "http" not in page.read_text()
+
+
+def test_what_does_not_fit_says_what_it_could_not_get() -> None:
+    done = plan("--tower", "vit-g", "--frames", "8", "--stage", "1", "--hardware", "2080 Ti", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] == {"worst": False, "expected": False, "best": False}
+    assert found["evidence"] == "forecast"
+    assert sum(found["composition_bytes"].values()) == found["peak_bytes"] > found["capacity_bytes"][2]
+
+
+@pytest.mark.parametrize("ranks", ["8", pytest.param("64", marks=pytest.mark.slow)])
+def test_sharding_over_ranks_that_do_not_exist(ranks: str) -> None:
+    words = ["--tower", "vit-g", "--frames", "128", "--hardware", "T4", "--ranks", ranks, "--json"]
+    alone, fsdp, zero = (
+        json.loads(plan(*words, *more).stdout)["peak_bytes"]
+        for more in ([], ["--fsdp"], ["--ds", "ds_configs/zero3.json"])
+    )
+    tower = 2 * 1011 * 10**6
+    assert fsdp < alone - tower * 0.75
+    assert zero < alone - tower * 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hardware", "GTX 9999"], "hardware='GTX 9999' is not in the table"),
+        (["--hardware", "24GiB", "--frames", "7"], "frames"),
+        (["--hardware", "24GiB", "--tower", "no/such-tower-here"], "no/such-tower-here"),
+        (["--hardware", "24GiB", "--fsdp", "--ds", "ds_configs/zero3.json"], "two ways to shard"),
+        (["--hardware", "100MiB"], "give more"),
+        (["--hardware", "24GiB", "--stage", "1", "--memory.placement", "disk"], "memory.placement"),
+        (["--hardware", "24GiB", "--ranks", "0"], "ranks=0 must be at least 1"),
+    ],
+)
+def test_wrong_settings(words: list[str], message: str) -> None:
+    done = plan("--tower", "vit-b", "--frames", "8", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
