@@ -72,7 +72,7 @@ BROKEN: list[tuple[str, dict[str, str], Callable[[Path], object], str]] = [
     ("config is cut", {}, lambda f: os.truncate(f / "config.json", 40), "config.json of tower"),
     ("config is a list", {}, lambda f: (f / "config.json").write_text("[]"), "config.json of tower"),
     ("width is text", {}, lambda f: change_json(f / "config.json", lambda c: c.update(hidden_size="w")), "config.json"),
-    ("5 heads", {}, lambda f: change_json(f / "config.json", lambda c: c.update(num_attention_heads=5)), "not those of"),
+    ("5 heads", {}, lambda f: change_json(f / "config.json", lambda c: c.update(num_attention_heads=5)), "not those"),
     ("mean of two", {}, lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0, 1]}'), "three col"),
     ("deviation 0", {}, lambda f: (f / "preprocessor_config.json").write_text('{"image_std": [1, 0, 1]}'), "three col"),
 ]  # fmt: skip
