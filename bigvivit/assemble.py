@@ -54,8 +54,9 @@ def open_tower(
         spec = resolve_tower(str(folder or model.tower), random=folder is None and model.tower_init == "random")
         if folder is None and model.tower_init == "random":
             return TowerSource(spec, random_weights(spec, seed), None, None)
-        weights = fetch_weights(spec)
-        source = TowerSource(spec, open_weights(spec, weights, model.tubelet), folder, tower_checksum(weights))
+        weights = fetch_weights(spec, allow_pickle=model.allow_pickle)
+        fill = refuse_damaged(open_weights(spec, weights, model.tubelet))
+        source = TowerSource(spec, fill, folder, tower_checksum(weights))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if checksum is not None and source.checksum != checksum:
@@ -64,6 +65,18 @@ def open_tower(
             f"{source.checksum}, then {checksum}): put the old weights back, or train the stage again"
         )
     return source
+
+
+def refuse_damaged(fill: Fill) -> Fill:
+    """`fill` with what it finds wrong in the files as a ConfigError: it reads them long after they were opened."""
+
+    def fill_or_refuse(name: str, piece: torch.nn.Module) -> None:
+        try:
+            fill(name, piece)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    return fill_or_refuse
 
 
 def check_types(source: TowerSource, plan: MemoryPlan) -> None:

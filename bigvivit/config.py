@@ -34,6 +34,8 @@ class ModelConfig:
     (`vit-b`, `vit-l`, `vit-h`, `vit-g`: the paper's sizes, with `--model.tower-init random`)."""
     tower_init: Literal["pretrained", "random"] | None = None
     """Where the tower's weights come from [default: pretrained]."""
+    allow_pickle: bool = False
+    """Read a pytorch_model.bin where there is no safetensors file; PyTorch then unpickles tensors, and only those."""
     tubelet: int | None = None
     """Frames per tubelet, the temporal extent of the patch kernel [default: 2, as in ViViT]."""
     temporal_depth: int | None = None
@@ -250,7 +252,7 @@ def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelCon
     changes, contradictions = {}, []
     for item in fields(ModelConfig):
         value, old = getattr(given, item.name), getattr(known, item.name)
-        if item.name == "droplayer":  # a regulariser of this run, not a property of the weights
+        if item.name in ("droplayer", "allow_pickle"):  # of this run, not properties of the weights
             continue
         if value is None:
             changes[item.name] = old

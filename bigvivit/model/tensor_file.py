@@ -48,7 +48,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             raise ValueError(f"its tensors end at byte {end}, the file has {size}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
     return entries
 
@@ -56,8 +56,10 @@ def read_entries(path: Path) -> dict[str, Entry]:
 def parse_entry(entry: dict[str, Any], header_bytes: int) -> Entry:
     """One tensor's line of the header."""
     first, last = entry["data_offsets"]
-    shape = tuple(int(extent) for extent in entry["shape"])
+    shape = tuple(entry["shape"])
     dtype = str(entry["dtype"])
+    if any(type(number) is not int for number in (first, last, *shape)):  # JSON knows 1.0, true and Infinity too
+        raise ValueError(f"a tensor of shape {list(shape)} from byte {first} to {last}")
     if not 0 <= first <= last or any(extent < 0 for extent in shape):
         raise ValueError(f"a tensor of shape {list(shape)} from byte {first} to {last}")
     if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:

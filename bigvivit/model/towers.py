@@ -5,7 +5,9 @@ A tower is built without weights, on the meta device; `model/weights.py` brings 
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from bigvivit.model.blocks import apply_stochastic_depth
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.model.families import FAMILIES, HALF, RGB, Family, adapt_config, family_of
+from bigvivit.model.hub import find_folder
 
 log = logging.getLogger(__name__)
+
+DESCRIPTION = ["config.json", "preprocessor_config.json"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,16 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
     looks_local = Path(name).exists() or name.startswith(("/", "./", "../"))
     if looks_local and not (Path(name) / "config.json").is_file():
         raise ValueError(f"tower {name} is not a folder with a config.json: give a model in Hugging Face format")
+    folder = find_folder(name, DESCRIPTION)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"tower {name} has no config.json: give a model in Hugging Face format")
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file leads to in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"tower {name!r} is neither one of {', '.join(SIZES)}, nor a local folder, nor a model that the "
-            f"Hugging Face hub gave a configuration for ({reason}): check the name, or give a folder; "
-            f"`bigvivit towers` lists what is known"
+            f"the config.json of tower {name} cannot be read ({reason}): fetch it again, or give a model of type "
+            f"{', '.join(FAMILIES)}"
         ) from None
     config = getattr(config, "vision_config", config)  # of CLIP, SigLIP and BLIP-2, the image half
     if config.model_type not in FAMILIES:
@@ -86,22 +92,29 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
         )
     config.num_channels = 3  # a trained tower's folder says 3 per frame of its tubelets
     config = adapt_config(config)
-    mean, std = read_normalisation(name, family_of(config))
+    mean, std = read_normalisation(folder, family_of(config))
     return TowerSpec(name, config, mean, std)
 
 
-def read_normalisation(name: str, family: Family) -> tuple[RGB, RGB]:
+def read_normalisation(folder: Path, family: Family) -> tuple[RGB, RGB]:
     """Mean and standard deviation from the model's preprocessor_config.json, or its family's where it has none."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return family.mean, family.std
     try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
+        values = json.loads(path.read_text())
+        mean, std = (values.get(key, own) for key, own in (("image_mean", family.mean), ("image_std", family.std)))
+        if not all(len(rgb) == 3 and all(math.isfinite(value) for value in rgb) for rgb in (mean, std)) or 0 in std:
+            raise ValueError(f"image_mean {mean}, image_std {std}")
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path} gives no mean and deviation of three colours ({error}): fetch it again, or delete it to take "
+            f"those of the family"
+        ) from None
+    if family.preprocessor_is_wrong == tuple(mean) == tuple(std):
+        log.info("tower %s: its preprocessor says %s, a default; it was trained with %s", folder, mean[0], family.mean)
         return family.mean, family.std
-    red, green, blue = values.get("image_mean", family.mean)
-    red_std, green_std, blue_std = values.get("image_std", family.std)
-    if family.preprocessor_is_wrong == (red, green, blue) == (red_std, green_std, blue_std):
-        log.info("tower %s: its preprocessor says %s, a default; it was trained with %s", name, red, family.mean)
-        return family.mean, family.std
-    return (red, green, blue), (red_std, green_std, blue_std)
+    return tuple(mean), tuple(std)
 
 
 class Embed(nn.Module):

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +20,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from bigvivit.model.blocks import init_weights
 from bigvivit.model.catalog import SIZES
+from bigvivit.model.hub import find_folder
 from bigvivit.model.tensor_file import DTYPES, Entry, read_entries, read_tensor
 from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import inflate_kernel
@@ -29,7 +28,9 @@ from bigvivit.model.tubelet import inflate_kernel
 Fill = Callable[[str, nn.Module], None]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DOWNLOADED = ["config.json", "preprocessor_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DOWNLOADED = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+DOWNLOADED_PICKLED = [PICKLED, PICKLED_INDEX, "pytorch_model-*-of-*.bin"]
 """A hub repository often holds the same weights in other formats too; these files are what is read."""
 
 
@@ -49,48 +50,80 @@ class StoredTensor:
     """Where one of Hugging Face's parameters is stored."""
 
     file: Path
-    entry: Entry
+    entry: Entry | Tensor
+    """Its place in a safetensors file; of a pickled one the tensor, whose bytes are still in the mapped file."""
     rows: tuple[int, int] | None = None
     """(first, last), where the file keeps several parameters in one tensor."""
 
+    def read(self) -> Tensor:
+        """The parameter. Raises ValueError for a file that was cut, or for values that are no numbers."""
+        if isinstance(self.entry, Entry):
+            tensor = read_tensor(self.file, self.entry, self.rows)
+        else:
+            tensor = self.entry if self.rows is None else self.entry[slice(*self.rows)]
+        # Least and greatest, since isfinite would make copies; a NaN comes through.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{self.file} holds weights that are infinite or no numbers: fetch it again")
+        return tensor
 
-def fetch_weights(spec: TowerSpec) -> Path:
+
+def fetch_weights(spec: TowerSpec, *, allow_pickle: bool = False) -> Path:
     """The local folder with the tower's weights, downloaded from the hub where it must be.
 
-    Raises ValueError where there are none in safetensors.
+    Raises ValueError where there are none in safetensors or, with `allow_pickle`, in PyTorch's own format.
     """
-    folder = Path(spec.name)
     if spec.name in SIZES:
         raise ValueError(
             f"model.tower={spec.name} is a size without published weights: add --model.tower-init random, "
             f"or give a model in Hugging Face format"
         )
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(spec.name, allow_patterns=DOWNLOADED))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"the weights of tower {spec.name} could not be downloaded: {error}") from None
-    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
-        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-        found = f" ({', '.join(others)} would have to be unpickled, which can run any code)" if others else ""
-        raise ValueError(
-            f"tower {spec.name} has neither {WEIGHTS} nor {INDEX}{found}: convert it with transformers' save_pretrained"
-        )
-    return folder
+    folder = find_folder(spec.name, DOWNLOADED)
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return folder
+    if allow_pickle:
+        folder = find_folder(spec.name, DOWNLOADED_PICKLED)
+        if (folder / PICKLED).is_file() or (folder / PICKLED_INDEX).is_file():
+            return folder
+    wanted = f"{WEIGHTS} nor {INDEX}" + (f" nor {PICKLED}" if allow_pickle else "")
+    fix = "convert it with transformers' save_pretrained"
+    if not allow_pickle:
+        fix += f"; or, if you trust whoever made it, read a {PICKLED} with --model.allow-pickle"
+    raise ValueError(f"tower {spec.name} has neither {wanted}, and pickled files can carry code: {fix}")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a tower, in the order of their names. Raises ValueError where one is missing."""
-    if not (folder / INDEX).is_file():
-        return [folder / WEIGHTS]
+    """The files of a tower's weights, in the order of their names. Raises ValueError where one is missing."""
+    pickled = not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file()
+    single, index = (PICKLED, PICKLED_INDEX) if pickled else (WEIGHTS, INDEX)
+    if not (folder / index).is_file():
+        return [folder / single]
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged ({error!r}): fetch the model again") from None
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        # `names` of other types than text cannot be sorted or have no path
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / index} is damaged ({error!r}): fetch the model again") from None
+    if outside:
+        raise ValueError(f"{folder / index} names files outside its folder: {', '.join(outside)}; do not trust it")
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(missing)}")
+    if missing or not names:
+        listed = ", ".join(missing) or "none at all"
+        raise ValueError(f"{folder / index} names files that are not there: {listed}; fetch the model again")
     return [folder / name for name in names]
+
+
+def read_index(file: Path) -> dict[str, Entry] | dict[str, Tensor]:
+    """What one file of weights holds, by name, without reading it. Raises ValueError for a damaged one."""
+    if file.suffix == ".safetensors":
+        return read_entries(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler's, the archive's, the system's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file} cannot be unpickled safely ({reason}): fetch it again, or convert it") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} is not a dictionary of tensors: convert it with transformers' save_pretrained")
+    return tensors
 
 
 def tower_checksum(folder: Path) -> str:
@@ -109,8 +142,8 @@ def open_weights(spec: TowerSpec, folder: Path, tubelet: int) -> Fill:
     An image's patch kernel is inflated to `tubelet` frames; one that already spans them is taken as it is.
     Raises ValueError that names every tensor that is missing or misshapen.
     """
-    kernel = kernel_name(spec, tubelet)
     stored = find_tensors(spec, folder, tubelet)
+    kernel = kernel_name(spec, tubelet)
 
     def fill(name: str, piece: nn.Module) -> None:
         refill_buffers(piece)
@@ -118,7 +151,7 @@ def open_weights(spec: TowerSpec, folder: Path, tubelet: int) -> Fill:
             for key, parameter in piece.named_parameters():
                 full = hf_name(spec, name, key)
                 where = stored[full]
-                tensor = read_tensor(where.file, where.entry, where.rows)
+                tensor = where.read()
                 if full == kernel and tensor.shape != parameter.shape:
                     tensor = inflate_kernel(tensor, tubelet)
                 parameter.copy_(tensor)
@@ -128,7 +161,10 @@ def open_weights(spec: TowerSpec, folder: Path, tubelet: int) -> Fill:
 
 def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, StoredTensor]:
     """Where every parameter of Hugging Face's model is stored, by its name in the version installed."""
-    model = build_hf_model(spec, tubelet)
+    try:
+        model = build_hf_model(spec, tubelet)
+    except Exception as error:  # whatever impossible dimensions lead to in there
+        raise ValueError(f"no tower can be built from the config.json of {spec.name} ({error})") from None
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     kernel = kernel_name(spec, tubelet)
     stored, shapes = {}, {}
@@ -137,16 +173,20 @@ def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, Store
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     for file in weight_files(folder):
-        for key, entry in read_entries(file).items():
+        for key, entry in read_index(file).items():
             full, pattern = key, None
             if key not in wanted:
                 full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
             names = [full] if pattern is None else split_names(full, pattern, converters)
+            if len(names) > 1 and (not entry.shape or entry.shape[0] % len(names)):
+                raise ValueError(
+                    f"{file}: {key} of shape {list(entry.shape)} is to be cut into {len(names)}: fetch it again"
+                )
             for part, name in enumerate(names):
                 share = entry.shape[0] // len(names) if len(names) > 1 else None
                 rows = None if share is None else (part * share, (part + 1) * share)
                 stored[name] = StoredTensor(file, entry, rows)
-                shapes[name] = entry.shape if share is None else (share, *entry.shape[1:])
+                shapes[name] = tuple(entry.shape) if share is None else (share, *entry.shape[1:])
 
     def fits(name: str) -> bool:
         image_kernel = (wanted[name][0], 3, *wanted[name][2:]) if name == kernel else None
@@ -156,7 +196,7 @@ def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, Store
     faults += [
         f"{name} is in {stored[name].entry.dtype}, not in one of {', '.join(DTYPES)}"
         for name in wanted
-        if name in stored and stored[name].entry.dtype not in DTYPES
+        if name in stored and stored[name].entry.dtype not in (*DTYPES, *DTYPES.values())
     ]
     faults += [
         f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
