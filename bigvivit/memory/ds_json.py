@@ -165,8 +165,8 @@ def find_wrong_offloads(zero: Any) -> list[str]:
         where, stage = f"zero_optimization.{name}", zero.get("stage", 0)
         if block.get("device", "none") not in ("cpu", "none"):
             faults.append(
-                f"{where}.device is {block['device']!r}: cpu, or none; what lies on NVMe is not in reach of checkpoints "
-                f"(a frozen tower can live on disk, --memory.placement disk)"
+                f"{where}.device is {block['device']!r}: cpu, or none; checkpoints do not reach what lies on NVMe "
+                f"(a frozen tower can live on disk: --memory.placement disk)"
             )
         elif block.get("device", "none") == "cpu" and is_of_kind(stage, COUNT) and stage < least:
             stages = "stage 3" if least == 3 else "the stages 1 to 3"

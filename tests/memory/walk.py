@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -54,7 +55,8 @@ def walk(engine: str, cells: list[Cell], timeout: float = 400) -> list[list[floa
         for rank in range(world)
     ]
     outputs = [process.communicate(timeout=timeout) for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, outputs[0][1][-3000:]
+    codes = [process.returncode for process in ranks]
+    assert codes == [0] * world, f"{codes}\n" + "\n".join(stderr[-3000:] for _, stderr in outputs)
     (line,) = (line for line in outputs[0][0].splitlines() if line.startswith("RESULT"))
     found: list[list[float] | str] = json.loads(line.removeprefix("RESULT"))
     return found
@@ -78,6 +80,7 @@ def main(engine: str, cells: list[Cell]) -> None:
                 found.append(str(error).replace(scratch, ""))
             else:
                 found.append(train(cell, config, ds, rank, world))
+            gc.collect()  # engines hold themselves in circles
     if rank == 0:
         print("RESULT" + json.dumps(found), flush=True)
     if world > 1:
@@ -88,7 +91,9 @@ def main(engine: str, cells: list[Cell]) -> None:
 def configure(engine: str, cell: Cell, scratch: Path, world: int) -> tuple[TrainConfig, dict[str, Any] | None]:
     """What `bigvivit train` would be told for a cell. Raises ConfigError where that is refused."""
     stage, image, ds, path = cell["stage"], cell.get("image", 48), None, None
-    zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0} if engine.startswith("zero") else {}
+    zero: dict[str, Any] = {}
+    if engine.startswith("zero"):
+        zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6}
     zero |= cell.get("zero", {})
     if zero:
         path = scratch / "ds.json"
