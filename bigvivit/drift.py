@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bigvivit.eval import Outputs
     from bigvivit.model.vivit import ViViT
 
-EXACT: Storage = "fp32"
+EXACT: Literal["fp32"] = "fp32"
 """What the other forms are held to. All compute in fp32: they differ in what is stored, and in nothing else."""
 CLIP = ClipConfig(frames=8)
 
