@@ -22,9 +22,11 @@ class Arguments:
     """Measure and write a report."""
 
     manifest: tyro.conf.Positional[Path]
-    """Clips to compare on."""
+    """Clips to compare on; runs know their classes, so its labels must be theirs."""
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Runs, and towers in Hugging Face format."""
+    name: str = "drift"
+    """Name of the report."""
     workers: int = 2
     """Processes that decode videos."""
     results: Path = Path(__file__).parent / "results"
@@ -47,7 +49,7 @@ def main(arguments: Arguments) -> None:
             shared = {"source": source, "clips": result["clips"], "frames": result["frames"]}
             rows += [{**shared, **row, "evidence": "measured"} for row in result["rows"]]
     settings = {"manifest": str(arguments.manifest), "compute": result["compute"]}
-    stem = write_report(arguments.results, "drift", device=torch.device("cpu"), settings=settings, rows=rows)
+    stem = write_report(arguments.results, arguments.name, device=torch.device("cpu"), settings=settings, rows=rows)
     print(f"wrote {stem}.json and .md")
 
 
