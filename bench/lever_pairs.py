@@ -151,6 +151,8 @@ def judge(entry: Entry, found: list[float] | str, base: list[float]) -> str:
 class Arguments:
     """Walk the table and write a report."""
 
+    engines: tuple[str, ...] = ENGINES
+    """Engines to walk."""
     results: Path = Path(__file__).parent / "results"
     """Folder of reports."""
     kept: Path = Path("lever_pairs.jsonl")
@@ -161,14 +163,14 @@ def main(arguments: Arguments) -> None:
     """Walk, judge, write."""
     done = [json.loads(line) for line in arguments.kept.read_text().splitlines()] if arguments.kept.exists() else []
     rows: list[dict[str, Any]] = []
-    for engine in track(ENGINES, description="engines"):
+    for engine in track(arguments.engines, description="engines"):
         own = [row for row in done if row["engine"] == engine] or walk_engine(engine)
         rows += own
         arguments.kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "tower": "vit-demo",
         "frames": 8,
-        "ranks": {engine: 1 if engine == "plain" else 2 for engine in ENGINES},
+        "ranks": {engine: 1 if engine == "plain" else 2 for engine in arguments.engines},
     }
     device = torch.device("cpu")
     stem = write_report(arguments.results, "lever_pairs", device=device, settings=settings, rows=rows)
