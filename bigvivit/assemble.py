@@ -120,8 +120,9 @@ def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
     return transfer(own, read_trainables(run, header))
 
 
-def load_run(run: Path, header: Header, device: torch.device) -> ViViT:
-    """A finished run's model, whole on this device, frozen and ready to evaluate."""
+def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:
+    """A finished run's model, whole on this device, frozen and ready to evaluate; by another plan than its own, if one
+    is given."""
     source = open_tower(
         header.model, seed=header.seed, folder=tower_folder(run, header), checksum=header.tower_checksum
     )
@@ -132,6 +133,6 @@ def load_run(run: Path, header: Header, device: torch.device) -> ViViT:
         names = ", ".join(entry.name for entry in skipped)
         raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
     # A tower is evaluated as it was trained with: stage 1 holds it in fp32.
-    plan = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
-    apply_plan(model, plan, frozen=True, fill=source.fill, device=device)
+    own = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
+    apply_plan(model, plan or own, frozen=True, fill=source.fill, device=device)
     return model.eval()

@@ -22,6 +22,7 @@ def main() -> None:
         "eval": (evaluate, "accuracy of trained runs"),
         "predict": (predict, "what a trained run takes videos for"),
         "plan": (plan, "whether a training step fits hardware that need not be here"),
+        "drift": (drift, "what storing a tower in bf16, fp16, int8 or nf4 costs"),
         "towers": (towers, "the towers known by name: size, memory, tokens"),
         "check": (check, "find the videos of a manifest that cannot be read"),
         "report": (report, "a page with curves of each run, and one table of all"),
@@ -124,6 +125,27 @@ def predict(argv: list[str]) -> None:
             rows: list[list[object]] = [[label, f"{probability:.1%}"] for label, probability in prediction.labels]
             print_table([str(prediction.path), "probability"], rows)
     sys.exit(1 if failed else 0)
+
+
+def drift(argv: list[str]) -> None:
+    """`bigvivit drift RUN_OR_TOWER --manifest …`."""
+    from bigvivit.drift import DriftConfig, measure_drift
+    from bigvivit.units import format_bytes
+
+    result = measure_drift(tyro.cli(DriftConfig, args=argv, prog="bigvivit drift"))
+    headings = ["storage", "tower", "cosine, mean", "cosine, least"]
+    rows: list[list[object]] = [
+        [row["storage"], format_bytes(row["stored_bytes"]), f"{row['cosine_mean']:.6f}", f"{row['cosine_min']:.6f}"]
+        for row in result["rows"]
+    ]
+    if "top1" in result["rows"][0]:
+        headings += ["top-1", "change", "predictions changed"]
+        for cells, row in zip(rows, result["rows"], strict=True):
+            cells += [f"{row['top1']:.1%}", f"{row['top1_change']:+.1%}", row["predictions_changed"]]
+    print_table(headings, rows)
+    line = f"frame vectors of {result['clips']} clips of {result['frames']} frames against those of fp32 weights"
+    failed = len(result["failed"])
+    print(line + (f"; {failed} videos could not be read and are not counted" if failed else ""))
 
 
 def towers(argv: list[str]) -> None:

@@ -81,14 +81,16 @@ def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConf
     return collect(load_run(run, header, device), loader, device, classes=len(header.classes))
 
 
-def collect(model: nn.Module, loader: Iterable[Any], device: torch.device, *, classes: int) -> Outputs:
+def collect(
+    model: nn.Module, loader: Iterable[Any], device: torch.device, *, classes: int, description: str = "evaluating"
+) -> Outputs:
     """All that a loader gives, through a model."""
     import torch
 
     indices: list[int] = []
     failed: list[tuple[int, str]] = []
     logits = [torch.empty(0, classes)]
-    for batch, means in mean_logits(model, loader, device):
+    for batch, means in mean_logits(model, loader, device, description):
         indices += batch.indices.tolist()
         failed += batch.failed
         if len(means):
@@ -96,13 +98,15 @@ def collect(model: nn.Module, loader: Iterable[Any], device: torch.device, *, cl
     return Outputs(indices, torch.cat(logits), failed)
 
 
-def mean_logits(model: nn.Module, loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+def mean_logits(
+    model: nn.Module, loader: Iterable[Any], device: torch.device, description: str = "evaluating"
+) -> Iterator[tuple[Any, Tensor]]:
     """Each batch, and the mean of its views' logits [b, classes] on the CPU (as the original, no probabilities)."""
     import torch
     from rich.progress import track
 
     with torch.inference_mode():
-        for batch in track(loader, description="evaluating", disable=not sys.stdout.isatty()):
+        for batch in track(loader, description=description, disable=not sys.stdout.isatty()):
             if len(batch.clips) == 0:
                 yield batch, torch.empty(0, 0)
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,7 +114,8 @@ def plan(config: PlanConfig) -> None:
         world=config.ranks,
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
-    trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
+    with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
+        trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
     verdict = judge(trace, card, ranks=config.ranks)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline

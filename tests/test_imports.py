@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ANYTHING = {"train", "eval", "predict", "cli", "assemble", "saving", "towers"}
+ANYTHING = {"train", "eval", "predict", "cli", "assemble", "saving", "towers", "drift", "plan", "trial"}
 MAY_IMPORT = {
     "__init__": set(),
     "units": set(),
@@ -77,7 +77,7 @@ def test_the_rule_sees_a_fault() -> None:
     assert not faults("train", {"bigvivit.model.vivit.ViViT"})
 
 
-WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval"]
+WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 
 

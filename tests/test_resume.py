@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_the_plain_engine_goes_on_bit_for_bit(
         ("sgd", "torchrun", []),
         pytest.param("adamw", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
-        ("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"]),
+        pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
+        ("adamw", "deepspeed", ["--ds", "ds_configs/zero3_offload.json"]),
         pytest.param("sgd", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("sgd", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         pytest.param("sgd", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
@@ -92,6 +94,24 @@ def test_another_engine_goes_on_and_back(
     losses, expected = read_losses(tmp_path / "killed"), read_losses(tmp_path / "whole")
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
     assert len(losses) == 8
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_offloaded_states_are_kept_like_others(stage: int, runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """ZeRO-Offload changes where the optimizer's states are, not what a checkpoint holds of them."""
+    kept = {}
+    for name, more in {"device": {}, "host": {"offload_optimizer": {"device": "cpu"}}}.items():
+        ds = tmp_path / f"{name}.json"
+        ds.write_text(json.dumps({"zero_optimization": {"stage": stage, **more}}))
+        settings = [*STAGE2, "--init-from", runs["plain1"], "--data.train", demo / "train.csv", "--optim.name", "adamw"]
+        out = tmp_path / name
+        kill_after(4, "torchrun", out, *settings, "--ds", ds, "--save-every", 2, "--keep", 9, "--optim.lr", 3e-4)
+        kept[name] = load_file(out / "checkpoints" / "step-00000004" / "optimizer.safetensors")
+    assert kept["host"].keys() == kept["device"].keys()
+    assert {key.rpartition(".")[2] for key in kept["host"]} == {"exp_avg", "exp_avg_sq", "step"}
+    for key, value in kept["device"].items():
+        torch.testing.assert_close(kept["host"][key], value, rtol=1e-5, atol=1e-8, msg=key)
+    assert any(value.abs().max() > 0 for key, value in kept["host"].items() if key.endswith("exp_avg"))
 
 
 def test_eight_bit_states_go_on_where_they_lie(runs: Runs, demo: Path, tmp_path: Path) -> None:

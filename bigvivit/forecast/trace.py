@@ -58,8 +58,8 @@ class Trace:
         for index, event in enumerate(self.events):
             if event.allocation.device == device:
                 live += event.change
-                if event.step > 0 and live > peak:
-                    peak, place = live, index
+            if event.step > 0 and live > peak:
+                peak, place = live, index
         return place, peak
 
     def building_peak_bytes(self, device: str = "cpu") -> int:

@@ -36,6 +36,7 @@ KEYS = {
     "comms_logger": BLOCK,
     "flops_profiler": BLOCK,
     "zero_allow_untested_optimizer": FLAG,
+    "zero_force_ds_cpu_optimizer": FLAG,
     "zero_optimization": BLOCK,
 }
 """Top-level keys that mean something here. DeepSpeed itself ignores a key it does not know."""
@@ -58,8 +59,14 @@ ZERO_KEYS = {
     "stage3_model_persistence_threshold": COUNT,
     "stage3_allgather_sequential": FLAG,
     "log_trace_cache_warnings": FLAG,
+    "offload_optimizer": BLOCK,
+    "offload_param": BLOCK,
 }
 """Keys of `zero_optimization` that mean something here."""
+OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
+"""What may wait in the host's memory, and from which stage on DeepSpeed knows it."""
+OFFLOAD_KEYS = {"device": TEXT, "pin_memory": FLAG}
+"""Keys of `offload_optimizer` and `offload_param`; the others of DeepSpeed are for NVMe and for its own Adam."""
 
 
 def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
@@ -95,11 +102,18 @@ def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
         if key in ds:
             faults.append(f"{key} is a block here, but {flags} say it: remove the block")
             del ds[key]
+    faults += find_wrong_offloads(ds.get("zero_optimization"))
+    if ds.get("zero_force_ds_cpu_optimizer") is True:
+        faults.append(
+            "zero_force_ds_cpu_optimizer is true, which refuses all but DeepSpeed's own optimizers, and --optim.name "
+            "takes PyTorch's and bitsandbytes': remove it"
+        )
     faults += [f'{where} is "auto", which nothing here fills: give a number' for where in find_auto(ds)]
     if faults:
         raise ConfigError(f"ds={path} cannot be used:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    # Torch's own SGD is on no list of DeepSpeed's; its one state tensor per parameter is sharded like any other's.
-    return {**ds, "zero_allow_untested_optimizer": True}
+    # Torch's own SGD is on no list of DeepSpeed's; its one state tensor per parameter is sharded, and offloaded, like
+    # any other's. DeepSpeed's Adam for CPUs is faster there, but needs a compiler and has no counterpart elsewhere.
+    return {**ds, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def zero_stage(ds: dict[str, Any] | None) -> int:
@@ -122,10 +136,13 @@ def find_wrong_keys(ds: dict[str, Any]) -> list[str]:
     """A fault for each key that nobody reads and each value of another type than its key's."""
     faults = []
     zero = ds.get("zero_optimization", {})
-    for block, keys, where in (
-        (ds, KEYS, ""),
-        (zero if isinstance(zero, dict) else {}, ZERO_KEYS, "zero_optimization."),
-    ):
+    blocks = [(ds, KEYS, "")]
+    if isinstance(zero, dict):
+        blocks.append((zero, ZERO_KEYS, "zero_optimization."))
+        for name in OFFLOADS:
+            if isinstance(block := zero.get(name), dict):
+                blocks.append((block, OFFLOAD_KEYS, f"zero_optimization.{name}."))
+    for block, keys, where in blocks:
         for key, value in block.items():
             if key in keys:
                 if value != "auto" and not is_of_kind(value, keys[key]):
@@ -135,6 +152,25 @@ def find_wrong_keys(ds: dict[str, Any]) -> list[str]:
                 faults.append(f"{where}{key} is no key that is read here: {f'{near[0]}?' if near else 'remove it'}")
     if isinstance(zero, dict) and is_of_kind(zero.get("stage", 0), COUNT) and zero.get("stage", 0) > 3:
         faults.append(f"zero_optimization.stage is {zero['stage']}: ZeRO has the stages 0 to 3")
+    return faults
+
+
+def find_wrong_offloads(zero: Any) -> list[str]:
+    """A fault for each offload that DeepSpeed would ignore or that checkpoints here cannot follow."""
+    faults = []
+    for name, least in OFFLOADS.items():
+        block = zero.get(name) if isinstance(zero, dict) else None
+        if not isinstance(block, dict):
+            continue
+        where, stage = f"zero_optimization.{name}", zero.get("stage", 0)
+        if block.get("device", "none") not in ("cpu", "none"):
+            faults.append(
+                f"{where}.device is {block['device']!r}: cpu, or none; checkpoints do not reach what lies on NVMe "
+                f"(a frozen tower can live on disk: --memory.placement disk)"
+            )
+        elif block.get("device", "none") == "cpu" and is_of_kind(stage, COUNT) and stage < least:
+            stages = "stage 3" if least == 3 else "the stages 1 to 3"
+            faults.append(f"{where} is for {stages}, and stage is {stage}: remove the block, or raise the stage")
     return faults
 
 

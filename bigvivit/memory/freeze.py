@@ -33,14 +33,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 def describe_frozen(name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """`froze tower: 1.01 B parameters, 1.88 GiB bf16, 0 B optimizer state`, from what is really there."""
-    parameters = list(module.parameters())
-    slots = [slot for part in module.modules() for slot in getattr(part, "slots", None) or ()]
-    sizes: dict[str, int] = {}
-    for dtype, nbytes in [
-        *((p.dtype, full_numel(p) * p.element_size()) for p in parameters),
-        *((slot.dtype, slot.nbytes) for slot in slots),
-    ]:
-        sizes[dtype_name(dtype)] = sizes.get(dtype_name(dtype), 0) + nbytes
+    parameters, sizes = list(module.parameters()), stored_bytes(module)
     kinds = "+".join(sorted(sizes, key=lambda kind: -sizes[kind]))
     own = {id(p) for p in parameters}
     held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
@@ -50,6 +43,18 @@ def describe_frozen(name: str, module: nn.Module, optimizer: torch.optim.Optimiz
         f"froze {name}: {format_count(count_parameters(module)[1])} parameters, "
         f"{format_bytes(sum(sizes.values()))} {kinds}, {format_bytes(state)} optimizer state"
     )
+
+
+def stored_bytes(module: nn.Module) -> dict[str, int]:
+    """Bytes of a module's weights by the type they are stored in: sharded, packed, or as they are."""
+    sizes: dict[str, int] = {}
+    slots = [slot for part in module.modules() for slot in getattr(part, "slots", None) or ()]
+    for dtype, nbytes in [
+        *((p.dtype, full_numel(p) * p.element_size()) for p in module.parameters()),
+        *((slot.dtype, slot.nbytes) for slot in slots),
+    ]:
+        sizes[dtype_name(dtype)] = sizes.get(dtype_name(dtype), 0) + nbytes
+    return sizes
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -32,7 +32,8 @@ class MemoryPlan:
     offload_activations: bool = False
     """What trained parts save for the backward waits in the host's memory."""
     masters: Literal["fp32", "bf16"] = "fp32"
-    """Element type of trained weights and their gradients and, but for 8-bit optimizers, of the optimizer's state."""
+    """Element type of trained weights and their gradients and, but for 8-bit optimizers, of the optimizer's state.
+    ZeRO keeps weights and state in fp32 beside that, shared out over the ranks."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +37,19 @@ def init_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         go_on_without_compiler()
     deepspeed.init_distributed(verbose=False)
+    if device.type == "cpu":
+        unlink_shared_memory()
+
+
+def unlink_shared_memory() -> None:
+    """Take away the name of this rank's buffer of that collective, 66 MiB in /dev/shm: DeepSpeed leaves it for good.
+
+    By now every rank has mapped everyone's, which lasts as long as they do.
+    """
+    dist.barrier()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def go_on_without_compiler() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bigvivit.config import ConfigError, OptimConfig
-from bigvivit.memory.ds_json import ZERO_KEYS, micro_batch_size, read_ds_json
+from bigvivit.memory.ds_json import OFFLOAD_KEYS, ZERO_KEYS, micro_batch_size, read_ds_json
 
 OPTIM = OptimConfig(batch_size=64, accumulate=4, clip_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -43,7 +43,10 @@ def test_deepspeed_takes_shipped_files_as_they_are_meant(path: Path) -> None:
     fields = DeepSpeedZeroConfig.model_fields
     for key, value in block.items():
         name = next(name for name, entry in fields.items() if key in (name, entry.alias))
-        assert understood[fields[name].alias or name] == value, key
+        theirs = understood[fields[name].alias or name]
+        for inner, own in value.items() if isinstance(value, dict) else ():
+            assert theirs[inner] == own, f"{key}.{inner}"
+        assert isinstance(value, dict) or theirs == value, key
     config = DeepSpeedConfig(ds)
     assert config.zero_config.stage == block["stage"]
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (64, 4)
@@ -90,6 +93,54 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         ConfigError, match=r"optim\.batch_size=64 does not divide over 3 ranks \* optim\.accumulate=4; try 72"
     ):
         micro_batch_size(OPTIM, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stage": 0}, "zero_optimization.offload_optimizer is for the stages 1 to 3, and stage is 0"),
+        (
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            "zero_optimization.offload_param is for stage 3, and stage is 2",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme", "pin_memory": True}},
+            "zero_optimization.offload_optimizer.device is 'nvme': cpu, or none",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}},
+            "zero_optimization.offload_optimizer.ratio is no key that is read here",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": 1}},
+            "zero_optimization.offload_optimizer.pin_memory is 1: it must be true or false",
+        ),
+        ({"stage": 3, "offload_optimizer": "cpu"}, "offload_optimizer is 'cpu': it must be an object"),
+        ({"stage": 3, "offload_optimizer": "auto"}, 'offload_optimizer is "auto", which nothing here fills'),
+    ],
+)
+def test_offloads_that_would_do_nothing_or_too_much(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, **changes}})
+    with pytest.raises(ConfigError) as caught:
+        read_ds_json(path, OPTIM, world=2)
+    assert fault in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_deepspeeds_own_optimizers_cannot_be_forced(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_force_ds_cpu_optimizer": True, "zero_optimization": {"stage": 2}})
+    with pytest.raises(ConfigError, match="zero_force_ds_cpu_optimizer is true, which refuses all but DeepSpeed's own"):
+        read_ds_json(path, OPTIM, world=2)
+    path = write(tmp_path, {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": 2}})
+    assert read_ds_json(path, OPTIM, world=2)["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_every_offload_key_is_one_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.zero import offload_config
+
+    for kind in ("Param", "Optimizer"):
+        theirs = getattr(offload_config, f"DeepSpeedZeroOffload{kind}Config").model_fields
+        assert set(OFFLOAD_KEYS) <= set(theirs)
 
 
 def test_every_zero_key_is_one_that_deepspeed_reads() -> None:

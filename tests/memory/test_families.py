@@ -10,10 +10,19 @@ import torch
 from bigvivit.memory.freeze import freeze
 from bigvivit.memory.plan import Stream
 from bigvivit.memory.stream import FrozenTower
+from bigvivit.model.families import FAMILIES
 from bigvivit.model.towers import resolve_tower
 from bigvivit.model.weights import open_weights
 from tests.memory.walk import Cell, losses
 from tests.model.reference import MODELS, draw_images, load, save
+
+
+def test_no_family_is_left_out(tmp_path: Path) -> None:
+    families = []
+    for name, build_model in MODELS.items():
+        build_model().config.save_pretrained(tmp_path / name)
+        families.append(resolve_tower(str(tmp_path / name), random=True).family)
+    assert [name for name, family in FAMILIES.items() if family not in families] == []
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 3), (2, 2), (4, 1)])

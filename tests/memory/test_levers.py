@@ -1,42 +1,39 @@
-"""Every lever of the plan under every engine, in both stages: the losses of plain fp32 training."""
+"""Every lever of the plan under every engine, in both stages, alone, in pairs and together: the table of the bench."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.memory.walk import Cell, losses
+from bench.lever_pairs import LEVERS, Entry, Lever, expect, judge, list_entries, run
 
-EXACT = [  # levers that change where and when, not what
-    {},
-    {"recompute": 1},
-    {"recompute": 2},
-    {"offload_activations": True},
-    {"recompute": 2, "offload_activations": True},
-]
-EXACT_FROZEN = [
-    {"placement": "cpu"},
-    {"placement": "disk", "chunk": 1},
-    {"placement": "disk", "chunk": 2, "recompute": 1, "offload_activations": True},
-    {"group": 2, "chunk": 2},
-]
-ROUGH = [{"masters": "bf16"}, {"masters": "bf16", "recompute": 1, "offload_activations": True}]
-ROUGH_FROZEN = [
-    *({"storage": storage, "placement": where} for storage in ("int8", "nf4") for where in ("device", "disk")),
-    {"storage": "bf16"},
-    {"storage": "nf4", "placement": "disk", "masters": "bf16", "recompute": 1, "chunk": 1},
-]
-EIGHT_BIT = [{}, {"recompute": 1}]
+BY_NAME: dict[str, Lever] = {lever.name: lever for lever in LEVERS}
+TOGETHER = {
+    1: ("recompute", "activations on host", "masters bf16"),
+    2: ("recompute", "activations on host", "masters bf16", "tower on disk", "storage nf4", "layer by layer"),
+}
+FEW = 9
+"""Of the pairs that train, every so many is walked by default; all are in the slow tests and in the report."""
 
 
-def cells(engine: str) -> list[Cell]:
-    """The first of each stage is what the others are held to."""
-    found: list[Cell] = []
-    for stage in (1, 2):
-        for plan in [*EXACT, *(EXACT_FROZEN if stage == 2 else []), *ROUGH, *(ROUGH_FROZEN if stage == 2 else [])]:
-            found.append({"stage": stage, "plan": plan})
-        if engine != "fsdp":  # refused there: tests/test_errors.py
-            found += [{"stage": stage, "plan": plan, "optimizer": "sgd8bit"} for plan in EIGHT_BIT]
-    return found
+def list_few(entries: list[Entry]) -> list[Entry]:
+    """No lever, each by itself, all that is refused, and some of the pairs."""
+    trained = [entry for entry in entries if expect(entry)[0] != "refused"]
+    pairs = [entry for entry in trained if len(entry.levers) == 2]
+    shift = sum(map(ord, entries[0].engine)) % FEW  # other pairs under other engines
+    chosen = [entry for entry in trained if len(entry.levers) < 2] + pairs[shift::FEW]
+    return [entry for entry in entries if entry in chosen or expect(entry)[0] == "refused"]
+
+
+def check(entries: list[Entry]) -> None:
+    base: dict[int, list[float]] = {}
+    wrong = []
+    for entry, found in zip(entries, run(entries), strict=True):
+        if not entry.levers:
+            assert not isinstance(found, str), found
+            base[entry.stage] = found
+        if fault := judge(entry, found, base[entry.stage]):
+            wrong.append(f"stage {entry.stage}, {entry.names}: {fault}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +41,24 @@ def cells(engine: str) -> list[Cell]:
     ["plain", "ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")), "zero3", "fsdp"],
 )
 def test_levers(engine: str) -> None:
-    asked = cells(engine)
-    expected: dict[int, list[float]] = {}
-    wrong = []
-    for cell, own in zip(asked, losses(engine, asked), strict=True):
-        first = expected.setdefault(cell["stage"], own)
-        exact = cell["plan"] in (*EXACT, *EXACT_FROZEN) and "optimizer" not in cell
-        if own != pytest.approx(first, abs=2e-5 if exact else 0.15):
-            wrong.append(f"{cell}: {own}, not {first}")
-        if not exact and own == first:
-            wrong.append(f"{cell} changed nothing")
-    assert max(abs(first[-1] - first[0]) for first in expected.values()) > 0.01  # they do learn something
-    assert not wrong, "\n".join(wrong)
+    entries = list_few(list_entries(engine))
+    together = [Entry(engine, stage, tuple(BY_NAME[name] for name in names)) for stage, names in TOGETHER.items()]
+    check([*entries, *together])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_every_pair(engine: str) -> None:
+    check(list_entries(engine))
+
+
+def test_a_wrong_outcome_is_seen() -> None:
+    base = [1.1, 0.9, 0.8, 0.6, 0.4]
+    plain = {entry.names: entry for entry in list_entries("plain") if entry.stage == 2}
+    assert judge(plain["recompute"], base, base) == ""
+    assert "are 0.01 from" in judge(plain["recompute"], [1.1, 0.9, 0.8, 0.6, 0.41], base)
+    assert "changed nothing" in judge(plain["storage nf4"], base, base)
+    assert "learns nothing" in judge(plain["recompute"], [1.1] * 5, base)
+    assert "refused: because" in judge(plain["recompute"], "because", base)
+    assert "not refused" in judge(plain["optimizer on host"], base, base)
+    assert "refused: no reason" in judge(plain["optimizer on host"], "no reason", base)

@@ -121,6 +121,32 @@ def test_the_next_layer_comes_while_one_computes(tmp_path: Path, monkeypatch: py
         assert coming[1] > computing[0]
 
 
+def test_each_fetch_starts_before_the_layer_before_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By order alone, without a clock; and never more than one layer ahead."""
+    from bigvivit.memory import stream
+
+    model = build(tmp_path, placement="cpu", chunk=4, group=4)  # two groups of one chunk
+    events: list[str] = []
+    placement, real_call = model.tower.placement, torch.func.functional_call
+    real_fetch = placement.fetch
+
+    def fetch(number: int) -> Any:
+        events.append(f"fetch {number}")
+        return real_fetch(number)
+
+    def call(*arguments: Any) -> Any:
+        events.append("compute")
+        return real_call(*arguments)
+
+    monkeypatch.setattr(placement, "fetch", fetch)
+    monkeypatch.setattr(stream.torch.func, "functional_call", call)
+    model(PIXELS)
+    expected = ["fetch 0"]
+    for number in [*range(1, 6), *range(6)]:  # embed, four layers and pool, twice
+        expected += [f"fetch {number}", "compute"]
+    assert events == [*expected, "compute"]
+
+
 def test_a_file_that_was_cut_is_an_error_not_a_wrong_number(tmp_path: Path) -> None:
     placement = DiskPlacement(CPU, tmp_path)
     number = placement.store(torch.arange(200, dtype=torch.uint8))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvivit.memory.freeze import count_parameters, describe_frozen, freeze
 from bigvivit.memory.plan import Stream
@@ -104,6 +106,36 @@ def test_memory_grows_by_the_hidden_states_of_the_group_and_by_nothing_else(grou
     tokens, width = 17, 128
     assert grown <= hidden_states * tokens * width * 4 * 1.05 + 2 * width * 4
     assert grown >= hidden_states * tokens * width * 4
+
+
+class LargestFloats(TorchDispatchMode):
+    """The most elements of any floating-point tensor with an image's height and width that an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+                if tensor.shape[-2:] == (48, 48):
+                    self.images = max(self.images, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize(("group", "chunk"), [(7, 2), (2, 2), (4, 1), (7, 7)])
+def test_frames_are_floats_chunk_by_chunk(group: int, chunk: int) -> None:
+    """No tensor of all frames in float, in any plan but the paper's; the largest float is of a chunk, too."""
+    _, frozen = build_frozen(torch.float32, torch.float32, group, chunk)
+    with LargestFloats() as seen:
+        frozen(SEVEN)
+    frame_elements = 6 * 48 * 48
+    assert seen.images == chunk * frame_elements  # all seven, only in the last case
+    weights = max(parameter.numel() for parameter in frozen.parameters())
+    widest = chunk * 17 * 512
+    assert seen.elements <= max(chunk * frame_elements, widest, weights)
 
 
 def test_counts_and_the_line_in_the_log() -> None:
