@@ -48,17 +48,31 @@ def free_port() -> int:
 def command(launcher: str, *arguments: object) -> list[str]:
     """The words that start train.py: in one process, or in two ranks."""
     port = str(free_port())
-    words = {
+    words: dict[str, list[str | Path]] = {
         "python": [sys.executable, "bigvivit/train.py"],
         "bigvivit": [BIN / "bigvivit", "train"],
         "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port, "bigvivit/train.py"],
         "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", port, "bigvivit/train.py"],
         "accelerate": [
-            *(BIN / "accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-            *("--dynamo_backend", "no", "--multi_gpu", "--main_process_port", port, "bigvivit/train.py"),
+            BIN / "accelerate",
+            *[
+                "launch",
+                "--num_processes",
+                "2",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+                "--multi_gpu",
+            ],
+            "--main_process_port",
+            port,
+            "bigvivit/train.py",
         ],
-    }[launcher]
-    return [str(word) for word in (*words, *arguments)]
+    }
+    return [str(word) for word in (*words[launcher], *arguments)]
 
 
 def environment(**changes: str) -> dict[str, str]:

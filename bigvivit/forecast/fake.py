@@ -7,7 +7,7 @@ host is on a device of another type, so that copies between the two are seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bigvivit.forecast.tracker import HOST
-from bigvivit.memory import activations, placement
+from bigvivit.memory import activations, engine, placement
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(nn.Module, "_apply", replace_parameters))
         # Nothing is copied in the background: there is nothing to copy.
         stack.enter_context(patch.object(placement.Mover, "start", lambda mover, fill, landing, target: arrive(target)))
+        stack.enter_context(patch.object(engine, "DistributedDataParallel", FakeDdp))
         stack.enter_context(patch.object(placement, "write_bytes", lambda file, offset, buffer: None))
         if host:
             stack.enter_context(patch.object(placement, "to_host", lambda tensor, pinned: on_host(mode, tensor)))
@@ -37,6 +38,39 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
             )
         stack.enter_context(mode)
         yield mode
+
+
+class FakeDdp(nn.Module):
+    """DistributedDataParallel's memory: buckets as large as all gradients, beside these. Its C++ code reads values.
+
+    Once, after the first backward, it makes its buckets anew in the order of the gradients before it drops the old.
+    """
+
+    def __init__(self, module: nn.Module, device_ids: list[int] | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.buckets = self.build_buckets()
+        self.forwards = 0
+
+    def build_buckets(self) -> list[Tensor]:
+        """One for each element type."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.trained:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return [torch.empty(size, dtype=dtype) for dtype, size in sizes.items()]
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """The module's own."""
+        self.forwards += 1
+        if self.forwards == 2:
+            self.buckets = self.build_buckets()
+        output: Tensor = self.module(clips)
+        return output
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Nothing is reduced either way."""
+        return nullcontext()
 
 
 def arrive(target: Tensor) -> placement.Here:

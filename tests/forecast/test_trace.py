@@ -49,6 +49,7 @@ def test_the_peak_is_the_cpu_allocators_own(name: str) -> None:
 
 
 SHARDED: dict[str, dict[str, Any]] = {
+    "ddp": {},
     "fsdp": {"fsdp": True},
     "zero2": {"ds": {"stage": 2, "reduce_bucket_size": 10**7}},
     # Nothing is fetched ahead: gloo's threads free what they gathered when they come to it, so no two runs are alike.
@@ -81,7 +82,9 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("name", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2")), "fsdp", "zero3"]
+)
 def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> None:
     cell: dict[str, Any] = {**SMALL, "stage": stage, "world": 2, **SHARDED[name]}
     if stage == 2:
