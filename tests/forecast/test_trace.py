@@ -89,6 +89,8 @@ def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> Non
     cell: dict[str, Any] = {**SMALL, "stage": stage, "world": 2, **SHARDED[name]}
     if stage == 2:
         cell["plan"] = FP32
+    else:
+        cell["size"] = 224  # see CELLS
     if "ds" in cell:
         cell["ds"] = {
             "train_micro_batch_size_per_gpu": 1,

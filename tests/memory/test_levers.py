@@ -11,7 +11,7 @@ TOGETHER = {
     1: ("recompute", "activations on host", "masters bf16"),
     2: ("recompute", "activations on host", "masters bf16", "tower on disk", "storage nf4", "layer by layer"),
 }
-FEW = 9
+FEW = 15
 """Of the pairs that train, every so many is walked by default; all are in the slow tests and in the report."""
 
 
@@ -38,7 +38,7 @@ def check(entries: list[Entry]) -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    ["plain", "ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")), "zero3", "fsdp"],
+    ["plain", "zero3", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))],
 )
 def test_levers(engine: str) -> None:
     entries = list_few(list_entries(engine))
