@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from bigvivit.forecast.fake import fake_ranks
 from bigvivit.forecast.trace import STEPS, Trace, trace_steps
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import Engine
-from bigvivit.memory.measure import count_cpu_allocations
+from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.quantize import is_quantized
@@ -185,6 +186,23 @@ def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     return building.left_bytes + training.peak_bytes
 
 
+def run_trial(trial: Trial, steps: int) -> dict[str, float]:
+    """Real steps without the allocator's count, which itself takes memory: what the process came to."""
+    device = torch.device("cpu")
+    engine, batch = build_trial(trial, device)
+    seconds, loss = [], float("nan")
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = float(train_step(engine, [batch]).loss)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds_per_step": statistics.median(seconds),
+        "loss": loss,
+        "rss_peak_bytes": measure_peak(device).peak_bytes,
+        "data_bytes": measure_data(),
+    }
+
+
 def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work.wait, **options: Any) -> bool:
     """Wait, and let gloo's thread let go first: what it frees, this thread's count would never see."""
     done: bool = original(work, *arguments, **options)
@@ -193,11 +211,17 @@ def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work
 
 
 def main() -> None:
-    """Measure the trial of the command line; ranks come from the environment, as launchers set it."""
+    """Measure the trial of the command line; ranks come from the environment, as launchers set it.
+
+    With a second word, a number of steps, it only runs them: for a process under a limit.
+    """
     trial = Trial.from_json(sys.argv[1])
     dist.Work.wait = wait_for_threads  # type: ignore[method-assign,assignment]
     start_process_group(torch.device("cpu"), trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
-    print(json.dumps({"peak_bytes": measure_trial(trial)}), flush=True)
+    before = measure_data()
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    found = run_trial(trial, steps) if steps else {"peak_bytes": measure_trial(trial)}
+    print(json.dumps({**found, "data_bytes_before": before}), flush=True)
     os._exit(0)  # taking a process group down can wait for ranks that are gone
 
 

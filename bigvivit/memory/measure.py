@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -41,9 +42,14 @@ def measure_free(device: torch.device) -> int:
     free = int(status["MemAvailable"].split()[0]) * 1024
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if limit != resource.RLIM_INFINITY:
-        own = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        free = min(free, max(limit - int(own["VmData"].split()[0]) * 1024, 0))
+        free = min(free, max(limit - measure_data(), 0))
     return free
+
+
+def measure_data() -> int:
+    """Bytes of this process that count towards RLIMIT_DATA."""
+    own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(own["VmData"].split()[0]) * 1024
 
 
 def least_over_ranks(value: int, device: torch.device) -> int:
@@ -79,6 +85,7 @@ class Allocations:
 def count_cpu_allocations() -> Iterator[Allocations]:
     """The allocator's own events, by PyTorch's profiler: exact, but blind to other threads. Filled at the end."""
     found = Allocations()
+    gc.collect()  # else what others left behind would be seen to go, and never have come
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
     assert profiler.profiler is not None

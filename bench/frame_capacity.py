@@ -1,0 +1,261 @@
+"""The most frames that fit: `python bench/frame_capacity.py --limit 2GiB` measures, `--hardware "2080 Ti"` forecasts.
+
+Measured: each probe is a fresh process that runs three real steps, on the local CUDA device, or on the CPU under
+RLIMIT_DATA. Forecast: the same step traced on fake tensors, for hardware that need not be here. Beside a measured
+capacity under a limit stands the forecast for the same limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bigvivit.config import ConfigError
+from bigvivit.forecast.capacity import Capacity, find_capacity
+from bigvivit.forecast.card import judge, resolve_types
+from bigvivit.forecast.overhead import capacity, forecast_overhead
+from bigvivit.plan import find_hardware
+from bigvivit.training.report import write_report
+from bigvivit.trial import Trial, trace_trial
+from bigvivit.units import GiB, format_bytes, parse_bytes
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory")
+"""How PyTorch's CPU and CUDA allocators, Python and the C library say it."""
+PLANS: dict[str, dict[str, Any]] = {
+    "paper": {"group": "all", "chunk": "all"},
+    "chunk-major": {"group": 2, "chunk": 2},
+    "layer-major": {"group": "all", "chunk": 2},
+    "cpu": {"placement": "cpu", "group": "all", "chunk": 2},
+    "disk": {"placement": "disk", "group": "all", "chunk": 2},
+    "nf4": {"storage": "nf4", "group": "all", "chunk": 2},
+}
+"""Of stage 2. Stage 1 has none of them."""
+PAPER = {
+    ("TPU v3", "vit-h", 1): "96",
+    ("TPU v3", "vit-h", 2): "128, the most it tried",
+    ("TPU v3", "vit-g", 1): "8",
+    ("TPU v3", "vit-g", 2): "48",
+}
+"""Frames that the paper says fit 16 GB at a local batch of 1 (§4.8, Table 4). Its plan of stage 2 is ours of that name;
+nothing is said of element types, recompute, optimizer sharding or the depth of the temporal transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Find frame capacities."""
+
+    towers: tuple[str, ...] = ("vit-b",)
+    """Image towers."""
+    stages: tuple[Literal[1, 2], ...] = (1, 2)
+    """1: everything trains. 2: adapter, temporal transformer and head do."""
+    plans: tuple[str, ...] = tuple(PLANS)
+    """Memory plans of stage 2."""
+    limit: str | None = None
+    """Measure on the CPU under this much RLIMIT_DATA, such as 2GiB; forecasts stand beside."""
+    hardware: str | None = None
+    """Forecast only: an accelerator of the table, or memory such as 24GiB. Without either: measure the local GPU."""
+    ranks: int = 1
+    """Forecast only: devices that train together, the optimizer's state on each (DDP)."""
+    layers: int | None = None
+    """Use so many of the tower's layers only."""
+    temporal_depth: int = 4
+    """Layers of the temporal transformer."""
+    most: int = 512
+    """Frames at which the search ends."""
+    results: Path = ROOT / "bench" / "results"
+    """Folder of reports."""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.plans if name not in PLANS]:
+            raise ConfigError(f"plans: {', '.join(unknown)} is none of {', '.join(PLANS)}")
+        if self.limit is not None and self.hardware is not None:
+            raise ConfigError("limit and hardware: one measures here, the other forecasts for elsewhere; leave one out")
+
+
+def list_cells(arguments: Arguments) -> list[tuple[str, Trial]]:
+    """(plan, trial) with as few frames as there can be."""
+    cells = []
+    compute = {} if arguments.limit is None else {"compute": "fp32"}
+    for tower in arguments.towers:
+        for stage in arguments.stages:
+            for name in arguments.plans if stage == 2 else ("everything trains",):
+                plan = {**compute, **PLANS[name]} if stage == 2 else {}
+                values = {
+                    "stage": stage, "tower": tower, "frames": 2, "plan": plan, "layers": arguments.layers,
+                    "temporal_depth": arguments.temporal_depth, "world": arguments.ranks,
+                }  # fmt: skip
+                cells.append((name, Trial.from_json(json.dumps(values))))
+    return cells
+
+
+def probe(trial: Trial, limit: int | None) -> bool:
+    """Whether three real steps in a fresh process end. Any failure but a lack of memory is an error."""
+
+    def restrict() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "bigvivit.trial", trial.to_json(), "3"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=restrict, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return True
+    if any(words in done.stderr for words in OUT_OF_MEMORY) or done.returncode == -6:
+        return False
+    raise RuntimeError(f"{trial}: {done.stderr[-2000:]}")
+
+
+def beside_tensors() -> int:
+    """Bytes that count towards the limit beside PyTorch's tensors: imports, threads, allocators' own. Measured."""
+    tiny = Trial(stage=2, tower="vit-demo", frames=2, size=32)
+    words = [sys.executable, "-m", "bigvivit.trial", tiny.to_json(), "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    trace = trace_trial(tiny, free_bytes=GiB)
+    return int(found["data_bytes"]) - sum(event.change for event in trace.events)
+
+
+@dataclass
+class Forecast:
+    """Peaks of one cell for any number of frames, each traced once."""
+
+    trial: Trial
+    room_bytes: int
+    """What tensors may take; of hardware, in the expected case."""
+    hardware: str | None
+    peaks: dict[int, int]
+
+    def fits(self, frames: int) -> bool:
+        """Whether a trace stays within the room; for an accelerator, whether the allocator model says so."""
+        card = None if self.hardware is None else find_hardware(self.hardware)
+        trial = replace(self.trial, frames=frames)
+        if card is not None:
+            trial = replace(trial, plan=resolve_types(trial.plan, card))
+        trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, foreach=card is not None)
+        self.peaks[frames] = trace.peak_bytes()
+        if card is None:
+            return self.peaks[frames] <= self.room_bytes
+        return judge(trace, card, ranks=trial.world).fits[1]
+
+    def search(self, most: int) -> Capacity:
+        """Peaks are piecewise linear in frames: two of them say where to look."""
+        few, many = 4, 32
+        for frames in (few, many):
+            self.fits(frames)
+        slope = max((self.peaks[many] - self.peaks[few]) / (many - few), 1)
+        guess = many + int((self.room_bytes - self.peaks[many]) / slope)
+        return find_capacity(self.fits, unit=self.trial.tubelet, most=most, guess=max(2, min(guess, most)))
+
+
+def main(arguments: Arguments) -> None:
+    """Search each cell; rows are kept as they come, and a run that was interrupted goes on."""
+    limit = parse_bytes(arguments.limit) if arguments.limit is not None else None
+    measured = arguments.hardware is None
+    if measured and limit is None and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
+    if limit is not None:
+        room = limit - beside_tensors()
+    elif arguments.hardware is not None:
+        card = find_hardware(arguments.hardware)
+        room = capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
+    else:
+        room = torch.cuda.mem_get_info()[0]
+    where = f"{arguments.limit} of the CPU" if limit is not None else arguments.hardware or torch.cuda.get_device_name()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    kept = arguments.results / "frame_capacity.partial.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {row["key"] for row in rows}
+    curves: dict[str, dict[int, int]] = {}
+    for name, trial in list_cells(arguments):
+        key = f"{where} {name} {trial.to_json()} {arguments.most}"
+        if key in done:
+            continue
+        forecast = Forecast(trial, room, arguments.hardware, {})
+        expected = forecast.search(arguments.most)
+        row: dict[str, Any] = {
+            "key": key, "where": where, "tower": trial.tower, "stage": trial.stage, "plan": name,
+            "evidence": "measured" if measured else "forecast",
+        }  # fmt: skip
+        if measured:
+            found = find_capacity(
+                probe_with(trial, limit), unit=trial.tubelet, most=arguments.most, guess=max(2, expected.frames)
+            )
+            row |= {"measured_frames": found.frames, "probes": len(found.probes)}
+        row |= {"forecast_frames": expected.frames, "most_tried": arguments.most if expected.beyond else ""}
+        row |= {"room_bytes": room, "peak_bytes": forecast.peaks.get(expected.frames, 0)}
+        row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
+        row["peaks"] = forecast.peaks
+        rows.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{trial.tower}, stage {trial.stage}, {name}: " + ", ".join(
+            f"{kind} {row[f'{kind}_frames']}" for kind in ("measured", "forecast") if f"{kind}_frames" in row
+        ), flush=True)  # fmt: skip
+    rows = [row for row in rows if row["where"] == where]
+    curves = {f"{row['tower']}, {row['stage']}, {row['plan']}": row.pop("peaks") for row in rows}
+    for row in rows:
+        row.pop("key")
+    bench = "frame_capacity_" + "_".join(where.lower().split())
+    settings: dict[str, Any] = {
+        "layers": arguments.layers,
+        "temporal_depth": arguments.temporal_depth,
+        "ranks": arguments.ranks,
+    }
+    settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "room_bytes": room}
+    stem = write_report(arguments.results, bench, device=torch.device("cpu"), settings=settings, rows=rows)
+    draw(stem.with_name(f"{stem.name}.png"), curves, room, where)
+    kept.unlink(missing_ok=True)
+    table = Table("tower", "stage", "plan", "measured", "forecast", "paper", title=where)
+    for row in rows:
+        table.add_row(
+            row["tower"], str(row["stage"]), row["plan"], str(row.get("measured_frames", "-")),
+            f"{row['forecast_frames']}{'+' if row['most_tried'] else ''}", row["paper_frames"] or "-",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"wrote {stem}.json, .md and .png")
+
+
+def probe_with(trial: Trial, limit: int | None) -> Callable[[int], bool]:
+    """`probe` for any number of frames."""
+    return lambda frames: probe(replace(trial, frames=frames), limit)
+
+
+def draw(path: Path, curves: dict[str, dict[Any, int]], room: int, where: str) -> None:
+    """Forecast peaks against frames, and the room there is."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, peaks in curves.items():
+        points = sorted((int(frames), peak / GiB) for frames, peak in peaks.items())
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.axhline(room / GiB, color="black", linestyle="--", label=f"{format_bytes(room)} of room in {where}")
+    axes.set(xlabel="frames", ylabel="peak, GiB (forecast)")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, description=__doc__))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
