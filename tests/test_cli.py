@@ -30,6 +30,8 @@ def test_help_names_every_command() -> None:
         "train",
         "eval",
         "predict",
+        "plan",
+        "drift",
         "towers",
         "check",
         "report",
@@ -38,7 +40,9 @@ def test_help_names_every_command() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "towers", "check", "report", "replay", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "predict", "plan", "drift", "towers", "check", "report", "replay", "demo"]
+)
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
     assert done.returncode == 0
@@ -48,7 +52,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    known = "train, eval, predict, towers, check, report, replay, demo"
+    known = "train, eval, predict, plan, drift, towers, check, report, replay, demo"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 
