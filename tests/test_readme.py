@@ -11,6 +11,7 @@ from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, Tra
 from bigvivit.data.check import CheckConfig
 from bigvivit.drift import DriftConfig
 from bigvivit.forecast.replay_report import ReplayConfig
+from bigvivit.plan import PlanConfig
 from bigvivit.predict import PredictConfig
 from bigvivit.training.progress import flat_settings
 from tests.launching import ROOT
@@ -58,7 +59,7 @@ def test_every_linked_file_is_there() -> None:
 def test_every_setting_the_readme_names_exists() -> None:
     """Of our own commands; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)} | set(EvalConfig.__dataclass_fields__)
-    for other in (CheckConfig, DriftConfig, PredictConfig, ReplayConfig):
+    for other in (CheckConfig, DriftConfig, PlanConfig, PredictConfig, ReplayConfig):
         known |= {name.replace("_", "-") for name in other.__dataclass_fields__}
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
     launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}
