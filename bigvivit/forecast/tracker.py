@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,8 +204,7 @@ class Tracker(TorchDispatchMode):
             and old.shape == new.shape
             and old.dtype == new.dtype
             and old.is_contiguous()
-            and old._use_count()  # type: ignore[attr-defined]
-            <= HELD_BY_BUFFER_ALONE[0]
+            and cast(Any, old)._use_count() <= HELD_BY_BUFFER_ALONE[0]  # typed since torch 2.15 only
             and torch._C._storage_Use_Count(old.untyped_storage()._cdata) <= HELD_BY_BUFFER_ALONE[1]
         )
 
