@@ -39,14 +39,16 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory")
 """How PyTorch's CPU and CUDA allocators, Python and the C library say it."""
 PLANS: dict[str, dict[str, Any]] = {
-    "paper": {"group": "all", "chunk": "all"},
-    "chunk-major": {"group": 2, "chunk": 2},
-    "layer-major": {"group": "all", "chunk": 2},
-    "cpu": {"placement": "cpu", "group": "all", "chunk": 2},
-    "disk": {"placement": "disk", "group": "all", "chunk": 2},
-    "nf4": {"storage": "nf4", "group": "all", "chunk": 2},
+    "paper": {"chunk": "all"},
+    "chunk-major": {"group": "chunk"},
+    "layer-major": {},
+    "cpu": {"placement": "cpu"},
+    "disk": {"placement": "disk"},
+    "nf4": {"storage": "nf4"},
 }
-"""Of stage 2. Stage 1 has none of them."""
+"""Of stage 2, where they differ from layer-major in chunks of `--chunk`. Stage 1 has none of them."""
+TRAINED: dict[str, dict[str, Any]] = {"everything trains": {}, "recompute": {"recompute": 1}}
+"""Of stage 1."""
 PAPER = {
     ("TPU v3", "vit-h", 1): "96",
     ("TPU v3", "vit-h", 2): "128, the most it tried",
@@ -73,6 +75,12 @@ class Arguments:
     """Forecast only: an accelerator of the table, or memory such as 24GiB. Without either: measure the local GPU."""
     ranks: int = 1
     """Forecast only: devices that train together, the optimizer's state on each (DDP)."""
+    fsdp: bool = False
+    """Forecast only: shard over the ranks with FSDP2."""
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Element type the frozen tower computes in; under a limit on the CPU, fp32."""
+    chunk: int = 8
+    """Tubelets that go through a layer at once, but in the paper's way."""
     layers: int | None = None
     """Use so many of the tower's layers only."""
     temporal_depth: int = 4
@@ -85,6 +93,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.plans if name not in PLANS]:
             raise ConfigError(f"plans: {', '.join(unknown)} is none of {', '.join(PLANS)}")
+        if self.hardware is None and (self.ranks > 1 or self.fsdp):
+            raise ConfigError("ranks and fsdp are for forecasts: give --hardware NAME, or leave them out")
         if self.limit is not None and self.hardware is not None:
             raise ConfigError("limit and hardware: one measures here, the other forecasts for elsewhere; leave one out")
 
@@ -92,17 +102,29 @@ class Arguments:
 def list_cells(arguments: Arguments) -> list[tuple[str, Trial]]:
     """(plan, trial) with as few frames as there can be."""
     cells = []
-    compute = {} if arguments.limit is None else {"compute": "fp32"}
+    compute = arguments.compute if arguments.limit is None else "fp32"
     for tower in arguments.towers:
-        for stage in arguments.stages:
-            for name in arguments.plans if stage == 2 else ("everything trains",):
-                plan = {**compute, **PLANS[name]} if stage == 2 else {}
-                values = {
-                    "stage": stage, "tower": tower, "frames": 2, "plan": plan, "layers": arguments.layers,
-                    "temporal_depth": arguments.temporal_depth, "world": arguments.ranks,
-                }  # fmt: skip
-                cells.append((name, Trial.from_json(json.dumps(values))))
+        for name, changes in TRAINED.items() if 1 in arguments.stages else ():
+            cells.append((name, describe_trial(arguments, tower, 1, changes)))
+        for name in arguments.plans if 2 in arguments.stages else ():
+            changes = {"compute": compute, "group": "all", "chunk": arguments.chunk, **PLANS[name]}
+            if changes["group"] == "chunk":
+                changes["group"] = arguments.chunk
+            if compute == "fp16" and "storage" not in changes:
+                changes["storage"] = "fp16"
+            if arguments.fsdp and ("placement" in changes or changes.get("storage") == "nf4"):
+                continue  # every rank keeps such a tower whole
+            cells.append((name, describe_trial(arguments, tower, 2, changes)))
     return cells
+
+
+def describe_trial(arguments: Arguments, tower: str, stage: int, plan: dict[str, Any]) -> Trial:
+    """One cell, with two frames."""
+    values = {
+        "stage": stage, "tower": tower, "frames": 2, "plan": plan, "layers": arguments.layers,
+        "temporal_depth": arguments.temporal_depth, "world": arguments.ranks, "fsdp": arguments.fsdp,
+    }  # fmt: skip
+    return Trial.from_json(json.dumps(values))
 
 
 def probe(trial: Trial, limit: int | None) -> bool:
@@ -126,7 +148,7 @@ def probe(trial: Trial, limit: int | None) -> bool:
 
 def beside_tensors() -> int:
     """Bytes that count towards the limit beside PyTorch's tensors: imports, threads, allocators' own. Measured."""
-    tiny = Trial(stage=2, tower="vit-demo", frames=2, size=32)
+    tiny = Trial(stage=2, tower="vit-demo", frames=2, size=48)
     words = [sys.executable, "-m", "bigvivit.trial", tiny.to_json(), "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -144,6 +166,8 @@ class Forecast:
     """What tensors may take; of hardware, in the expected case."""
     hardware: str | None
     peaks: dict[int, int]
+    binds: str = ""
+    """The largest cause at the last peak that was too high."""
 
     def fits(self, frames: int) -> bool:
         """Whether a trace stays within the room; for an accelerator, whether the allocator model says so."""
@@ -153,9 +177,11 @@ class Forecast:
             trial = replace(trial, plan=resolve_types(trial.plan, card))
         trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, foreach=card is not None)
         self.peaks[frames] = trace.peak_bytes()
-        if card is None:
-            return self.peaks[frames] <= self.room_bytes
-        return judge(trace, card, ranks=trial.world).fits[1]
+        within = self.peaks[frames] <= self.room_bytes
+        fits = within if card is None else judge(trace, card, ranks=trial.world).fits[1]
+        if not fits:
+            self.binds = next(iter(trace.composition()))
+        return fits
 
     def search(self, most: int) -> Capacity:
         """Peaks are piecewise linear in frames: two of them say where to look."""
@@ -180,7 +206,9 @@ def main(arguments: Arguments) -> None:
         room = capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
     else:
         room = torch.cuda.mem_get_info()[0]
+    ranks = f"{arguments.ranks} x " if arguments.ranks > 1 else ""
     where = f"{arguments.limit} of the CPU" if limit is not None else arguments.hardware or torch.cuda.get_device_name()
+    where = ranks + where
     arguments.results.mkdir(parents=True, exist_ok=True)
     kept = arguments.results / "frame_capacity.partial.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
@@ -202,7 +230,7 @@ def main(arguments: Arguments) -> None:
             )
             row |= {"measured_frames": found.frames, "probes": len(found.probes)}
         row |= {"forecast_frames": expected.frames, "most_tried": arguments.most if expected.beyond else ""}
-        row |= {"room_bytes": room, "peak_bytes": forecast.peaks.get(expected.frames, 0)}
+        row |= {"binds": forecast.binds, "peak_bytes": forecast.peaks.get(expected.frames, 0)}
         row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
         row["peaks"] = forecast.peaks
         rows.append(row)
@@ -220,6 +248,9 @@ def main(arguments: Arguments) -> None:
         "layers": arguments.layers,
         "temporal_depth": arguments.temporal_depth,
         "ranks": arguments.ranks,
+        "fsdp": arguments.fsdp,
+        "compute": arguments.compute,
+        "chunk": arguments.chunk,
     }
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "room_bytes": room}
     stem = write_report(arguments.results, bench, device=torch.device("cpu"), settings=settings, rows=rows)

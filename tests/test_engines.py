@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -40,12 +41,15 @@ ENGINES = {
 }
 
 
-SLOW = {"zero0", "zero1"}
+SLOW = {("zero0", 1), ("zero0", 2), ("zero1", 1), ("zero1", 2), ("ddp", 2), ("zero2", 1), ("zero3_offload", 1)}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENGINES]
+    ("engine", "stage"),
+    [
+        pytest.param(*cell, marks=pytest.mark.slow) if cell in SLOW else cell
+        for cell in itertools.product(ENGINES, (1, 2))
+    ],
 )
 def test_two_ranks_give_the_losses_of_one_plain_process(
     engine: str, stage: int, runs: Runs, demo: Path, tmp_path: Path

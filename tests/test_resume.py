@@ -75,7 +75,7 @@ def test_the_plain_engine_goes_on_bit_for_bit(
         pytest.param("adamw", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
-        ("adamw", "deepspeed", ["--ds", "ds_configs/zero3_offload.json"]),
+        pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3_offload.json"], marks=pytest.mark.slow),
         pytest.param("sgd", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("sgd", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         pytest.param("sgd", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
@@ -96,7 +96,8 @@ def test_another_engine_goes_on_and_back(
     assert len(losses) == 8
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_states_are_kept_like_others(stage: int, runs: Runs, demo: Path, tmp_path: Path) -> None:
     """ZeRO-Offload changes where the optimizer's states are, not what a checkpoint holds of them."""
     kept = {}
@@ -114,6 +115,7 @@ def test_offloaded_states_are_kept_like_others(stage: int, runs: Runs, demo: Pat
     assert any(value.abs().max() > 0 for key, value in kept["host"].items() if key.endswith("exp_avg"))
 
 
+@pytest.mark.slow
 def test_eight_bit_states_go_on_where_they_lie(runs: Runs, demo: Path, tmp_path: Path) -> None:
     """Sharded, they fit the same number of ranks only; there the losses are those of fp32 states that never stopped."""
     out, zero3 = tmp_path / "killed", ("--ds", "ds_configs/zero3.json")

@@ -38,7 +38,7 @@ def check(entries: list[Entry]) -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    ["plain", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "fsdp"))],
+    ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp"))],
 )
 def test_levers(engine: str) -> None:
     entries = list_few(list_entries(engine))
