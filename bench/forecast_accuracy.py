@@ -6,10 +6,6 @@ Each cell runs in a process of its own, the real steps first. On two ranks colle
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import torch
 import tyro
 from rich.progress import track
 
+from bigvivit.processes import run_ranks
 from bigvivit.training.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,36 +107,14 @@ def deepspeed(stage: int) -> dict[str, Any]:
     }
 
 
-def run(words: list[str], world: int) -> list[dict[str, Any]]:
-    """What each rank printed last."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    answers = []
-    for process in ranks:
-        output, errors = process.communicate()
-        if process.returncode:
-            raise RuntimeError(errors[-3000:])
-        answers.append(json.loads(output.strip().splitlines()[-1]))
-    return answers
-
-
 def main(arguments: Arguments) -> None:
     """Measure, trace, compare, write."""
     rows = []
     cells = {name: cell for name, cell in list_cells().items() if arguments.only in name}
     for name, cell in track(cells.items(), "cells"):
         text = json.dumps(cell)
-        measured = [answer["peak_bytes"] for answer in run(["-m", "bigvivit.trial", text], cell.get("world", 1))]
-        forecast = run(["-c", TRACE, text], 1)[0]
+        measured = [answer["peak_bytes"] for answer in run_ranks(["-m", "bigvivit.trial", text], cell.get("world", 1))]
+        forecast = run_ranks(["-c", TRACE, text])[0]
         rows.append(
             {
                 "cell": name,

@@ -8,12 +8,10 @@ capacity under a limit stands the forecast for the same limit.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bigvivit.config import ConfigError
+from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.capacity import Capacity, find_capacity
 from bigvivit.forecast.card import judge, resolve_types
+from bigvivit.forecast.hardware import find_local_gpus
 from bigvivit.forecast.overhead import capacity, forecast_overhead
 from bigvivit.plan import find_hardware
+from bigvivit.processes import RankFailed, run_ranks
 from bigvivit.training.report import write_report
 from bigvivit.trial import Trial, trace_trial
-from bigvivit.units import GiB, format_bytes, parse_bytes
+from bigvivit.units import GiB, KiB, format_bytes, parse_bytes
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,6 +39,13 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory")
 """How PyTorch's CPU and CUDA allocators, Python and the C library say it."""
+PROBE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(64 * KiB),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * KiB),
+}
+"""Environment of a probe: glibc gives each tensor pages of its own and gives them back, so that a limit counts what is
+live. Left alone it keeps what was freed, in holes that nothing fits in, a heap for each thread."""
 PLANS: dict[str, dict[str, Any]] = {
     "paper": {"chunk": "all"},
     "chunk-major": {"group": "chunk"},
@@ -47,6 +55,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "nf4": {"storage": "nf4"},
 }
 """Of stage 2, where they differ from layer-major in chunks of `--chunk`. Stage 1 has none of them."""
+FEW, MANY = 8, 32
+"""Frames at which each cell is traced first; at the fewer, what libraries take beside tensors is measured."""
 TRAINED: dict[str, dict[str, Any]] = {"everything trains": {}, "recompute": {"recompute": 1}}
 """Of stage 1."""
 PAPER = {
@@ -74,9 +84,9 @@ class Arguments:
     hardware: str | None = None
     """Forecast only: an accelerator of the table, or memory such as 24GiB. Without either: measure the local GPU."""
     ranks: int = 1
-    """Forecast only: devices that train together, the optimizer's state on each (DDP)."""
+    """Devices that train together, the optimizer's state on each (DDP)."""
     fsdp: bool = False
-    """Forecast only: shard over the ranks with FSDP2."""
+    """Shard over the ranks with FSDP2."""
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Element type the frozen tower computes in; under a limit on the CPU, fp32."""
     chunk: int = 8
@@ -93,8 +103,6 @@ class Arguments:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.plans if name not in PLANS]:
             raise ConfigError(f"plans: {', '.join(unknown)} is none of {', '.join(PLANS)}")
-        if self.hardware is None and (self.ranks > 1 or self.fsdp):
-            raise ConfigError("ranks and fsdp are for forecasts: give --hardware NAME, or leave them out")
         if self.limit is not None and self.hardware is not None:
             raise ConfigError("limit and hardware: one measures here, the other forecasts for elsewhere; leave one out")
 
@@ -127,34 +135,31 @@ def describe_trial(arguments: Arguments, tower: str, stage: int, plan: dict[str,
     return Trial.from_json(json.dumps(values))
 
 
-def probe(trial: Trial, limit: int | None) -> bool:
-    """Whether three real steps in a fresh process end. Any failure but a lack of memory is an error."""
+def probe(trial: Trial, limit: int | None, device: str) -> dict[str, Any] | None:
+    """What three real steps in fresh processes came to, the greatest of all ranks; None where one was short of memory.
+
+    Any other failure is an error.
+    """
 
     def restrict() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "bigvivit.trial", trial.to_json(), "3"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=restrict, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return True
-    if any(words in done.stderr for words in OUT_OF_MEMORY) or done.returncode == -6:
-        return False
-    raise RuntimeError(f"{trial}: {done.stderr[-2000:]}")
+    words = ["-m", "bigvivit.trial", trial.to_json(), "3", device]
+    try:
+        found = run_ranks(words, trial.world, environment=PROBE, before=restrict)
+    except RankFailed as error:
+        if any(words in error.errors for words in OUT_OF_MEMORY) or error.code == -signal.SIGABRT:
+            return None
+        raise
+    return {key: max(rank[key] for rank in found) for key in found[0]}
 
 
-def beside_tensors() -> int:
-    """Bytes that count towards the limit beside PyTorch's tensors: imports, threads, allocators' own. Measured."""
-    tiny = Trial(stage=2, tower="vit-demo", frames=2, size=48)
-    words = [sys.executable, "-m", "bigvivit.trial", tiny.to_json(), "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    trace = trace_trial(tiny, free_bytes=GiB)
-    return int(found["data_bytes"]) - sum(event.change for event in trace.events)
+def beside_tensors(trial: Trial, found: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that count towards the limit beside PyTorch's tensors: after imports, and what libraries took since."""
+    tensors = trace_trial(trial, free_bytes=GiB).left_bytes()
+    before = int(found["data_bytes_before"])
+    return before, int(found["data_bytes"]) - before - tensors
 
 
 @dataclass
@@ -162,16 +167,24 @@ class Forecast:
     """Peaks of one cell for any number of frames, each traced once."""
 
     trial: Trial
+    card: Accelerator | None
+    """None for the CPU."""
     room_bytes: int
-    """What tensors may take; of hardware, in the expected case."""
-    hardware: str | None
-    peaks: dict[int, int]
+    """What tensors may take; of a card, in the expected case."""
+    peaks: dict[int, int] = field(default_factory=dict)
     binds: str = ""
     """The largest cause at the last peak that was too high."""
 
+    def calibrate(self, limit: int) -> None:
+        """Take off the limit what the same steps on few frames have beside tensors, in a process without a limit."""
+        few = replace(self.trial, frames=FEW)
+        found = probe(few, None, "cpu")
+        assert found is not None
+        self.room_bytes = limit - sum(beside_tensors(few, found))
+
     def fits(self, frames: int) -> bool:
         """Whether a trace stays within the room; for an accelerator, whether the allocator model says so."""
-        card = None if self.hardware is None else find_hardware(self.hardware)
+        card = self.card
         trial = replace(self.trial, frames=frames)
         if card is not None:
             trial = replace(trial, plan=resolve_types(trial.plan, card))
@@ -183,13 +196,18 @@ class Forecast:
             self.binds = next(iter(trace.composition()))
         return fits
 
+    def peak(self, frames: int) -> int:
+        """Of a trace, the one there was or a new one."""
+        if frames and frames not in self.peaks:
+            self.fits(frames)
+        return self.peaks.get(frames, 0)
+
     def search(self, most: int) -> Capacity:
         """Peaks are piecewise linear in frames: two of them say where to look."""
-        few, many = 4, 32
-        for frames in (few, many):
+        for frames in (FEW, MANY):
             self.fits(frames)
-        slope = max((self.peaks[many] - self.peaks[few]) / (many - few), 1)
-        guess = many + int((self.room_bytes - self.peaks[many]) / slope)
+        slope = max((self.peaks[MANY] - self.peaks[FEW]) / (MANY - FEW), 1)
+        guess = MANY + int((self.room_bytes - self.peaks[MANY]) / slope)
         return find_capacity(self.fits, unit=self.trial.tubelet, most=most, guess=max(2, min(guess, most)))
 
 
@@ -197,40 +215,32 @@ def main(arguments: Arguments) -> None:
     """Search each cell; rows are kept as they come, and a run that was interrupted goes on."""
     limit = parse_bytes(arguments.limit) if arguments.limit is not None else None
     measured = arguments.hardware is None
-    if measured and limit is None and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
-    if limit is not None:
-        room = limit - beside_tensors()
-    elif arguments.hardware is not None:
-        card = find_hardware(arguments.hardware)
-        room = capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
-    else:
-        room = torch.cuda.mem_get_info()[0]
-    ranks = f"{arguments.ranks} x " if arguments.ranks > 1 else ""
-    where = f"{arguments.limit} of the CPU" if limit is not None else arguments.hardware or torch.cuda.get_device_name()
-    where = ranks + where
+    card = find_card(arguments)
+    device = "cpu" if card is None else "cuda"
+    where = f"{arguments.limit} of the CPU" if card is None else card.name
+    if arguments.ranks > 1:
+        where = f"{arguments.ranks} x {where}"
+    room = limit or 0 if card is None else capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
     arguments.results.mkdir(parents=True, exist_ok=True)
     kept = arguments.results / "frame_capacity.partial.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {row["key"] for row in rows}
-    curves: dict[str, dict[int, int]] = {}
     for name, trial in list_cells(arguments):
         key = f"{where} {name} {trial.to_json()} {arguments.most}"
         if key in done:
             continue
-        forecast = Forecast(trial, room, arguments.hardware, {})
+        forecast = Forecast(trial, card, room)
+        if limit is not None:
+            forecast.calibrate(limit)
         expected = forecast.search(arguments.most)
         row: dict[str, Any] = {
             "key": key, "where": where, "tower": trial.tower, "stage": trial.stage, "plan": name,
             "evidence": "measured" if measured else "forecast",
         }  # fmt: skip
         if measured:
-            found = find_capacity(
-                probe_with(trial, limit), unit=trial.tubelet, most=arguments.most, guess=max(2, expected.frames)
-            )
-            row |= {"measured_frames": found.frames, "probes": len(found.probes)}
-        row |= {"forecast_frames": expected.frames, "most_tried": arguments.most if expected.beyond else ""}
-        row |= {"binds": forecast.binds, "peak_bytes": forecast.peaks.get(expected.frames, 0)}
+            row |= measure(trial, limit, device, arguments.most, guess=expected.frames, forecast=forecast)
+        row |= {"forecast_frames": expected.frames, "more_may_fit": expected.beyond, "binds": forecast.binds}
+        row |= {"room_bytes": forecast.room_bytes, "peak_bytes": forecast.peak(expected.frames)}
         row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
         row["peaks"] = forecast.peaks
         rows.append(row)
@@ -244,31 +254,54 @@ def main(arguments: Arguments) -> None:
     for row in rows:
         row.pop("key")
     bench = "frame_capacity_" + "_".join(where.lower().split())
-    settings: dict[str, Any] = {
-        "layers": arguments.layers,
-        "temporal_depth": arguments.temporal_depth,
-        "ranks": arguments.ranks,
-        "fsdp": arguments.fsdp,
-        "compute": arguments.compute,
-        "chunk": arguments.chunk,
-    }
-    settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "room_bytes": room}
-    stem = write_report(arguments.results, bench, device=torch.device("cpu"), settings=settings, rows=rows)
-    draw(stem.with_name(f"{stem.name}.png"), curves, room, where)
+    names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
+    stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
+    draw(stem.with_name(f"{stem.name}.png"), curves, max(row["room_bytes"] for row in rows), where)
     kept.unlink(missing_ok=True)
     table = Table("tower", "stage", "plan", "measured", "forecast", "paper", title=where)
     for row in rows:
         table.add_row(
             row["tower"], str(row["stage"]), row["plan"], str(row.get("measured_frames", "-")),
-            f"{row['forecast_frames']}{'+' if row['most_tried'] else ''}", row["paper_frames"] or "-",
+            f"{row['forecast_frames']}{'+' if row['more_may_fit'] else ''}", row["paper_frames"] or "-",
         )  # fmt: skip
     Console().print(table)
     print(f"wrote {stem}.json, .md and .png")
 
 
-def probe_with(trial: Trial, limit: int | None) -> Callable[[int], bool]:
-    """`probe` for any number of frames."""
-    return lambda frames: probe(replace(trial, frames=frames), limit)
+def find_card(arguments: Arguments) -> Accelerator | None:
+    """What to measure on or to forecast for; None for the CPU. Raises ConfigError."""
+    if arguments.hardware is not None:
+        return find_hardware(arguments.hardware)
+    if arguments.limit is not None:
+        return None
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
+    return find_local_gpus()[0].accelerator
+
+
+def measure(
+    trial: Trial, limit: int | None, device: str, most: int, *, guess: int, forecast: Forecast
+) -> dict[str, Any]:
+    """The capacity by real probes, and what the limit counts at it."""
+    last: dict[int, dict[str, Any]] = {}
+
+    def fits(frames: int) -> bool:
+        found = probe(replace(trial, frames=frames), limit, device)
+        if found is not None:
+            last[frames] = found
+        return found is not None
+
+    found = find_capacity(fits, unit=trial.tubelet, most=most, guess=max(trial.tubelet, guess))
+    row: dict[str, Any] = {"measured_frames": found.frames, "probes": len(found.probes)}
+    if limit is not None and found.frames:
+        imports, libraries = beside_tensors(replace(trial, frames=found.frames), last[found.frames])
+        peak = forecast.peak(found.frames)
+        row |= {"limit_bytes": limit, "imports_bytes": imports, "libraries_bytes": libraries}
+        row["left_bytes"] = limit - imports - libraries - peak  # by the forecast, at the measured capacity
+        row["tubelet_bytes"] = forecast.peak(found.frames + trial.tubelet) - peak
+    return row
 
 
 def draw(path: Path, curves: dict[str, dict[Any, int]], room: int, where: str) -> None:

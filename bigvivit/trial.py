@@ -186,9 +186,8 @@ def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     return building.left_bytes + training.peak_bytes
 
 
-def run_trial(trial: Trial, steps: int) -> dict[str, float]:
+def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float]:
     """Real steps without the allocator's count, which itself takes memory: what the process came to."""
-    device = torch.device("cpu")
     engine, batch = build_trial(trial, device)
     seconds, loss = [], float("nan")
     for _ in range(steps):
@@ -198,7 +197,8 @@ def run_trial(trial: Trial, steps: int) -> dict[str, float]:
     return {
         "seconds_per_step": statistics.median(seconds),
         "loss": loss,
-        "rss_peak_bytes": measure_peak(device).peak_bytes,
+        "rss_peak_bytes": measure_peak(torch.device("cpu")).peak_bytes,
+        "peak_bytes": measure_peak(device).peak_bytes,
         "data_bytes": measure_data(),
     }
 
@@ -213,14 +213,15 @@ def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work
 def main() -> None:
     """Measure the trial of the command line; ranks come from the environment, as launchers set it.
 
-    With a second word, a number of steps, it only runs them: for a process under a limit.
+    With a second word, a number of steps, it only runs them, for a process under a limit; on CUDA if a third says so.
     """
     trial = Trial.from_json(sys.argv[1])
+    device = assemble.choose_device(sys.argv[3] if len(sys.argv) > 3 else "cpu")
     dist.Work.wait = wait_for_threads  # type: ignore[method-assign,assignment]
-    start_process_group(torch.device("cpu"), trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
+    start_process_group(device, trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
     before = measure_data()
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    found = run_trial(trial, steps) if steps else {"peak_bytes": measure_trial(trial)}
+    found = run_trial(trial, steps, device) if steps else {"peak_bytes": measure_trial(trial)}
     print(json.dumps({**found, "data_bytes_before": before}), flush=True)
     os._exit(0)  # taking a process group down can wait for ranks that are gone
 

@@ -62,6 +62,10 @@ class Trace:
                 peak, place = live, index
         return place, peak
 
+    def left_bytes(self, device: str = "cpu") -> int:
+        """Live after the last step."""
+        return sum(event.change for event in self.events if event.allocation.device == device)
+
     def building_peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once while the model was built and loaded."""
         live = peak = 0
@@ -125,7 +129,7 @@ def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool
             tracker.step += 1
             with tracker:
                 train_step(PhasedEngine(engine, tracker), [batch])
-    return Trace(tracker.events)
+    return Trace(list(tracker.events))  # without what happens when all of this is let go
 
 
 class PhasedEngine:
@@ -185,7 +189,7 @@ def trace_step(
             tracker.step += 1
             with tracker:
                 step()
-    return Trace(tracker.events)
+    return Trace(list(tracker.events))  # without what happens when all of this is let go
 
 
 def note_gradients(tracker: Tracker, parameters: Iterable[nn.Parameter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,8 +16,10 @@ from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.stream import StreamedLayer
 from bigvivit.units import KiB, MiB, Storage
 
-LOADING_THRESHOLD, USUAL_THRESHOLD = 64 * KiB, 32 * MiB
-"""Bytes from which malloc asks the kernel for memory of its own: while loading, and after it (glibc's own maximum)."""
+LOADING_THRESHOLD = 64 * KiB
+"""Bytes from which malloc asks the kernel for memory of its own while loading."""
+USUAL_THRESHOLD = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 * MiB))
+"""The same after it: what the user told glibc, or its own maximum, which it comes to by itself."""
 M_MMAP_THRESHOLD = -3
 """glibc's number for it (malloc.h)."""
 
