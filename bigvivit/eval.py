@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigvivit.config import ConfigError, EvalConfig
 from bigvivit.data.manifest import Manifest, read_manifest
-from bigvivit.memory.ranks import rank_and_world, start_process_group
+from bigvivit.memory.ranks import gather_over_ranks, rank_and_world, start_process_group
 from bigvivit.training.checkpoint import Header, read_header
 
 if TYPE_CHECKING:
@@ -117,12 +117,8 @@ def mean_logits(
 def gather_outputs(own: Outputs) -> Outputs:
     """Those of all ranks on rank 0, in the manifest's order. Every rank must call it."""
     import torch
-    import torch.distributed as dist
 
-    everyone: list[Any] = [own]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
+    everyone = gather_over_ranks(own)
     indices = [index for outputs in everyone for index in outputs.indices]
     order = sorted(range(len(indices)), key=indices.__getitem__)
     logits = torch.cat([outputs.logits for outputs in everyone])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,8 +17,16 @@ from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_mode
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json, zero_stage
 from bigvivit.memory.ranks import is_first_of_node, rank_and_world, start_process_group
-from bigvivit.training.checkpoint import HEADER, Header, read_header
-from bigvivit.training.progress import OPTIMIZER, RANDOM, Progress, list_checkpoints, read_progress, read_tensors
+from bigvivit.training.checkpoint import HEADER, Header, explain_full_disk, read_header
+from bigvivit.training.progress import (
+    OPTIMIZER,
+    RANDOM,
+    Progress,
+    list_checkpoints,
+    offer_the_one_before,
+    read_progress,
+    read_tensors,
+)
 from bigvivit.training.report import describe_run
 from bigvivit.training.stop import STOPPED, StopSignal
 
@@ -103,8 +112,8 @@ def prepare(config: TrainConfig) -> Job:
         )
     progress = None
     if checkpoints:
-        init = checkpoints[0], read_header(checkpoints[0])
         progress = read_progress(checkpoints[0], config, world=world, zero_stage=zero_stage(ds))
+        init = checkpoints[0], read_header(checkpoints[0])
     return Job(config, rank, world, manifest, val, ds, micro_batch, init, progress)
 
 
@@ -131,7 +140,8 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     device = assemble.choose_device(job.config.device)
     board = start_process_group(device, job.world, deepspeed=job.ds is not None, fsdp=job.config.fsdp)
     try:
-        finished = build_and_train(job, device, board, stop)
+        with explain_full_disk(job.config.out, "a file of this run"):  # where nobody names it closer
+            finished = build_and_train(job, device, board, stop)
     except (Exception, KeyboardInterrupt) as error:
         if job.world == 1:
             raise
@@ -170,12 +180,14 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
 
     run, header = job.init or (None, None)
-    source = assemble.open_tower(
-        config.model,
-        seed=config.seed,
-        folder=assemble.tower_folder(run, header) if run and header else None,
-        checksum=header.tower_checksum if header else None,
-    )
+    own_tower = job.progress is not None and config.stage == 1  # a part of the checkpoint
+    with offer_the_one_before(run) if run and own_tower else nullcontext():
+        source = assemble.open_tower(
+            config.model,
+            seed=config.seed,
+            folder=assemble.tower_folder(run, header) if run and header else None,
+            checksum=header.tower_checksum if header else None,
+        )
     assemble.check_types(source, config.memory)
     model = assemble.build_model(
         source,
@@ -292,8 +304,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     except loop.NonFiniteError as error:
         clips = ", ".join(str(job.manifest.clips[index].path) for index in error.indices)
         raise ConfigError(
-            f"{error}: no finite number any more. Clips on rank {rank}: {clips}. "
-            f"Try a lower --optim.lr, or look at these clips"
+            f"{error}: no finite number any more. Clips: {clips}. Try a lower --optim.lr, or look at these clips"
         ) from None
     finally:
         if metrics is not None:

@@ -19,7 +19,7 @@ from bigvivit.data.loader import build_eval_loader
 from bigvivit.data.manifest import Clip, Manifest, read_manifest
 from bigvivit.eval import Outputs, collect, confusion, evaluate_runs, score, write_result
 from bigvivit.predict import PredictConfig, predict
-from bigvivit.training.checkpoint import TRAINABLES, read_header, read_trainables, write_checkpoint
+from bigvivit.training.checkpoint import TRAINABLES, read_header, read_sealed, read_trainables, seal, write_checkpoint
 from tests.launching import BIN, ROOT, Runs, environment, free_port
 
 CPU = torch.device("cpu")
@@ -177,9 +177,9 @@ def test_a_header_of_another_model_is_refused(runs: Runs, demo: Path, tmp_path: 
     for name in ("checkpoint.json", TRAINABLES):
         (tmp_path / name).write_bytes((runs["plain1"] / name).read_bytes())
     (tmp_path / "tower").symlink_to(runs["plain1"] / "tower")
-    record = json.loads((tmp_path / "checkpoint.json").read_text())
+    record = read_sealed(tmp_path / "checkpoint.json")
     record["model"]["temporal_depth"] = 3
-    (tmp_path / "checkpoint.json").write_text(json.dumps(record))
+    (tmp_path / "checkpoint.json").write_text(seal(record))
     config = EvalConfig(runs=(tmp_path,), manifest=demo / "val.csv", workers=0, device="cpu")
     with pytest.raises(ConfigError, match=r"does not hold the model its header describes \(temporal\.layers\.2"):
         evaluate_runs(config)

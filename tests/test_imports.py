@@ -77,6 +77,33 @@ def test_the_rule_sees_a_fault() -> None:
     assert not faults("train", {"bigvivit.model.vivit.ViViT"})
 
 
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+"""Modules that run code a file holds."""
+
+
+def unpicklings(source: str) -> list[str]:
+    """What in this source could unpickle a file: imports of such modules, and torch.load but for tensors only."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in UNPICKLERS]
+        elif isinstance(node, ast.ImportFrom) and node.module in UNPICKLERS:
+            found.append(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("load", "load_checkpoint"):
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if ast.unparse(node.func) in ("torch.load", "np.load") or ast.unparse(node.func).endswith("checkpoint"):
+                found += [] if options.get("weights_only") == "True" else [ast.unparse(node)]
+    return found
+
+
+def test_nothing_is_unpickled() -> None:
+    """But by `replay`, whose unpickler refuses every name (tests/forecast/test_snapshot.py)."""
+    found = {module_name(path): unpicklings(path.read_text()) for path in FILES}
+    assert {module: names for module, names in found.items() if names} == {"forecast.snapshot": ["pickle"]}
+    for fault in ("torch.load(path)", "engine.load_checkpoint(folder)", "from pickle import load", "import dill"):
+        assert unpicklings(fault), fault
+
+
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 

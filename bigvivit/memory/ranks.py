@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from bigvivit.config import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
+
+
+T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -32,6 +35,17 @@ def rank_and_world() -> tuple[int, int]:
 def is_first_of_node() -> bool:
     """Whether this process speaks for its node, where all processes of a node would say the same."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def gather_over_ranks(own: T) -> list[T]:
+    """What each rank has, in their order, on every rank; `own` alone in one process. Every rank must call it."""
+    import torch.distributed as dist
+
+    everyone = [own]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    return everyone
 
 
 class Board:

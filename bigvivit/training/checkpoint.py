@@ -5,6 +5,7 @@ The frozen tower is not in it. Stage 1 keeps the tower it trained in the run's f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.plan import MemoryPlan
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER, TRAINABLES, TOWER = "checkpoint.json", "trainables.safetensors", "tower"
+CHECKPOINTS = "checkpoints"
+"""Where a run that has not finished keeps what it can go on from (`training/progress.py`)."""
+SEAL = "sha256"
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What the system says of a disk; a connection's or a pipe's errors are none of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +57,35 @@ def explain_full_disk(run: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(run).free
+        if error.errno not in CANNOT_WRITE if isinstance(error, OSError) else "os error" not in str(error):
+            raise
+        existing = next(folder for folder in (run, *run.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
         raise ConfigError(
             f"{what} could not be written into {run} ({error}): the disk has {format_bytes(free)} free. Make room, "
             f"then go on from the last checkpoint with --resume"
         ) from None
+
+
+def seal(record: dict[str, Any]) -> str:
+    """A record as JSON text that holds the SHA-256 of the rest of it: `read_sealed` finds what was edited."""
+    record = json.loads(json.dumps(record, default=str))  # as it will be read
+    return json.dumps({**record, SEAL: record_checksum(record)}, indent=2) + "\n"
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """SHA-256 over a record's values, however its text is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A record that `seal` wrote, without its seal. Raises OSError, and ValueError for a torn or edited file."""
+    record = json.loads(path.read_text())
+    if not isinstance(record, dict) or SEAL not in record:
+        raise ValueError(f"it holds no {SEAL} of itself, which this version writes")
+    if record.pop(SEAL) != record_checksum(record):
+        raise ValueError("it was edited: its SHA-256 differs")
+    return record
 
 
 def write_checkpoint(run: Path, header: Header, trainables: dict[str, Tensor]) -> None:
@@ -66,7 +96,7 @@ def write_checkpoint(run: Path, header: Header, trainables: dict[str, Tensor]) -
     (run / TRAINABLES).write_bytes(blob)
     record = {**asdict(header), "trainables_checksum": hashlib.sha256(blob).hexdigest()}
     temporary = run / f"{HEADER}.tmp"
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    temporary.write_text(seal(record))
     flush(run)
     os.replace(temporary, run / HEADER)
     flush(run, files=False)
@@ -84,13 +114,18 @@ def read_header(run: Path) -> Header:
     """The header of a finished run. Needs no torch. Raises ConfigError where there is none."""
     path = run / HEADER
     try:
-        record = json.loads(path.read_text())
+        record = read_sealed(path)
     except OSError:
+        if unfinished := sorted((run / CHECKPOINTS).glob("step-*")):
+            raise ConfigError(
+                f"{run} holds no {HEADER}: its training has not finished; go on with --resume, or give a checkpoint "
+                f"of it, {unfinished[-1]}"
+            ) from None
         raise ConfigError(
             f"{run} holds no {HEADER}: give the folder that a finished training run was told with --out"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): train the stage again") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): put it back, or train the stage again") from None
     try:
         parts = {
             "model": ModelConfig(**record["model"]),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from bigvivit.memory.ranks import gather_over_ranks
+
 log = logging.getLogger("bigvivit")
 FAILED = "failed_clips.jsonl"
 SHOWN = 5
@@ -77,10 +79,7 @@ class Failures:
 
         Every rank must call it, after it is known that some rank has any.
         """
-        shares: list[Any] = [self.pending]
-        if dist.is_initialized():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, self.pending)
+        shares = gather_over_ranks(self.pending)
         self.pending = []
         for reason in self.add([failure for share in shares for failure in share]):
             log.warning("replaced: %s", reason)
@@ -96,10 +95,7 @@ class Failures:
 
         Every rank must call it.
         """
-        counters: list[Any] = [self.decoders]
-        if dist.is_initialized():
-            counters = [None] * dist.get_world_size()
-            dist.all_gather_object(counters, self.decoders)
+        counters = gather_over_ranks(self.decoders)
         clips = [
             {"index": index, "path": str(self.clips[index]), "reason": reason}
             for index, reason in sorted(self.reasons.items())

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from bigvivit.config import OptimConfig
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import measure_peak_over_ranks
+from bigvivit.memory.ranks import gather_over_ranks
 from bigvivit.training.failed_clips import Failures
 from bigvivit.training.metrics import MetricsLog
 from bigvivit.training.step import ClipLoader, LabelledClips, train_step
@@ -48,11 +49,16 @@ class LoopResult:
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient that is no number any more; says at which step and for which clips of the manifest."""
+    """A loss or gradient that is no number any more; says at which step and for which clips of the manifest.
 
-    def __init__(self, step: int, loss: float, grad_norm: float, indices: list[int]) -> None:
-        self.indices = indices
-        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+    Every rank raises it, since all have the same gradient norm. `ranks` are (loss, clips) of each: the clips are those
+    of the ranks whose own loss is no number, or of all where the losses still are.
+    """
+
+    def __init__(self, step: int, grad_norm: float, ranks: list[tuple[float, list[int]]]) -> None:
+        bad = [entry for entry in ranks if not math.isfinite(entry[0])] or ranks
+        self.indices = [index for _, indices in bad for index in indices]
+        super().__init__(f"step {step}: loss {bad[0][0]}, gradient norm {grad_norm}")
 
 
 def train(
@@ -86,8 +92,8 @@ def train(
             failures.note(epoch, batch.failed, batch.decoders)
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
         if not math.isfinite(result.grad_norm):  # of all ranks, and a number already: no extra wait for the device
-            indices = [int(index) for batch in batches for index in batch.indices]
-            raise NonFiniteError(step, float(result.loss), result.grad_norm, indices)
+            own = float(result.loss), [int(index) for batch in batches for index in batch.indices]
+            raise NonFiniteError(step, result.grad_norm, gather_over_ranks(own))
         losses.append(result.loss)
         now = time.perf_counter()
         seconds.append(now - before)

@@ -94,6 +94,8 @@ class MetricsLog:
         """Stop the moving line and close the file."""
         if self.progress is not None:
             self.progress.stop()
-        self.file.close()
+        with suppress(OSError):  # of a full disk, which `write` has told
+            self.file.close()
         if self.board is not None:
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()

@@ -8,21 +8,20 @@ name, flushed and renamed: whenever training is killed, the last one is whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigvivit.config import ConfigError, TrainConfig
-from bigvivit.training.checkpoint import flush
+from bigvivit.training.checkpoint import CHECKPOINTS, TOWER, flush, read_sealed, seal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
-OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
+PROGRESS, OPTIMIZER, RANDOM = "progress.json", "optimizer.safetensors", "random.safetensors"
 FREE = {
     "out",
     "data.workers",
@@ -57,7 +56,7 @@ class Progress:
     val_top1: float | None
     """Share of the validation clips that were right at this step; None where there were none."""
     checksums: dict[str, str]
-    """SHA-256 of the files that no other header vouches for."""
+    """SHA-256 of every file of the checkpoint but the tower's weights, which the header vouches for."""
 
 
 def flat_settings(config: TrainConfig) -> dict[str, Any]:
@@ -77,8 +76,24 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, read in blocks: an optimizer's state is large, and every rank checks it."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            total.update(block)
+    return total.hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of every file of a checkpoint but PROGRESS, where they are kept, and the tower's weights, read often enough."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / PROGRESS)
+    names = [path.relative_to(folder) for path in files]
+    return {str(name): file_checksum(folder / name) for name in names if not is_tower_weight(name)}
+
+
+def is_tower_weight(name: Path) -> bool:
+    """Whether the header's `tower_checksum` covers this file."""
+    return name.parts[0] == TOWER and name.suffix == ".safetensors"
 
 
 def write_progress(
@@ -106,9 +121,9 @@ def write_progress(
         world=world,
         zero_stage=zero_stage,
         val_top1=val_top1,
-        checksums={name: file_checksum(folder / name) for name in (OPTIMIZER, RANDOM)},
+        checksums=checksums(folder),
     )
-    (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    (folder / PROGRESS).write_text(seal(asdict(progress)))
 
 
 def begin_checkpoint(run: Path, step: int) -> Path:
@@ -148,7 +163,7 @@ def best_checkpoint(run: Path) -> tuple[Path, float] | None:
     scored = []
     for folder in list_checkpoints(run):
         with suppress(OSError, ValueError):  # a damaged one is found, and refused, when it is gone on from
-            top1 = json.loads((folder / PROGRESS).read_text()).get("val_top1")
+            top1 = read_sealed(folder / PROGRESS).get("val_top1")
             scored += [(folder, float(top1))] if top1 is not None else []
     return max(scored, key=lambda entry: entry[1], default=None)
 
@@ -163,21 +178,37 @@ def drop_checkpoints(run: Path, but: Path | None) -> None:
             shutil.rmtree(folder)
 
 
+def way_out(folder: Path) -> str:
+    """How to go on without this checkpoint."""
+    earlier = [other for other in list_checkpoints(folder.parents[1]) if other < folder]
+    return f"delete {folder} to go on from {earlier[0].name}" if earlier else "start again in another folder"
+
+
+@contextmanager
+def offer_the_one_before(folder: Path) -> Iterator[None]:
+    """Add to a refusal of this checkpoint how to go on without it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {folder}: {error}; or {way_out(folder)}") from None
+
+
 def read_progress(folder: Path, config: TrainConfig, *, world: int, zero_stage: int) -> Progress:
     """The progress that training with `config` can go on from.
 
     Raises ConfigError for a damaged file, naming the checkpoint before, for settings or clips that are not those of the
     run, and for 8-bit optimizer states that lie across other ranks.
     """
-    others = [other for other in list_checkpoints(config.out) if other < folder]
-    way_out = f"delete {folder} to go on from {others[0].name}" if others else "start again in another folder"
     try:
-        progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+        progress = Progress(**read_sealed(folder / PROGRESS))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"checkpoint {folder}: {PROGRESS} cannot be read ({error}): {way_out(folder)}") from None
+    try:
         changed = [name for name, value in progress.checksums.items() if file_checksum(folder / name) != value]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"checkpoint {folder} cannot be read ({error}): {way_out}") from None
+    except OSError as error:
+        raise ConfigError(f"checkpoint {folder} cannot be read ({error}): {way_out(folder)}") from None
     if changed:
-        raise ConfigError(f"checkpoint {folder}: {', '.join(changed)} changed since it was written: {way_out}")
+        raise ConfigError(f"checkpoint {folder}: {', '.join(changed)} changed since it was written: {way_out(folder)}")
     now = flat_settings(config)
     differ = [
         f"{name}={now.get(name)}, but the run has {value}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -41,7 +41,8 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.asked:
             name = signal.Signals(number).name
-            print(f"{name}: saving after this step, then stopping; Ctrl-C again stops at once", file=sys.stderr)
+            # Not print: the signal may have come in the middle of another one, which must not be entered twice.
+            os.write(2, f"{name}: saving after this step, then stopping; Ctrl-C again stops at once\n".encode())
         self.asked = True
 
     def serve(self, board: Board, world: int) -> None:

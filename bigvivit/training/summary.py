@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bigvivit.config import ConfigError
+from bigvivit.training.checkpoint import HEADER
 from bigvivit.training.plots import draw_curves
 from bigvivit.training.progress import flatten
 from bigvivit.units import format_bytes, format_count
@@ -47,7 +48,7 @@ def read_run(run: Path) -> dict[str, Any]:
         **read_if_there(run / "eval.json"),
     }
     known["top1_shuffled"] = read_if_there(run / "eval_shuffled.json").get("top1")
-    return {"record": record, "metrics": metrics, "known": known, "finished": (run / "summary.json").exists()}
+    return {"record": record, "metrics": metrics, "known": known, "finished": (run / HEADER).exists()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,17 @@ import torch
 
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.training.checkpoint import HEADER, TRAINABLES, Header, read_header, read_trainables, write_checkpoint
+from bigvivit.training.checkpoint import (
+    HEADER,
+    TRAINABLES,
+    Header,
+    explain_full_disk,
+    read_header,
+    read_sealed,
+    read_trainables,
+    seal,
+    write_checkpoint,
+)
 
 HEAD = Header(
     stage=1,
@@ -56,8 +66,9 @@ def test_other_weights_than_the_headers_are_refused(change: str, tmp_path: Path)
     [
         (None, r"holds no checkpoint\.json: give the folder"),
         ("{", r"checkpoint\.json is damaged"),
-        ("[]", r"is not a header this version wrote"),
-        ('{"stage": 1}', r"is not a header this version wrote"),
+        ("[]", r"is damaged \(it holds no sha256 of itself"),
+        ('{"stage": 1}', r"is damaged \(it holds no sha256 of itself"),
+        (seal({"stage": 1}), r"is not a header this version wrote"),
     ],
 )
 def test_a_header_that_is_none(text: str | None, message: str, tmp_path: Path) -> None:
@@ -69,8 +80,40 @@ def test_a_header_that_is_none(text: str | None, message: str, tmp_path: Path) -
 
 def test_a_setting_of_another_version_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, HEAD, TENSORS)
-    record = json.loads((tmp_path / HEADER).read_text())
+    record = read_sealed(tmp_path / HEADER)
     record["clip"]["warp"] = 9
-    (tmp_path / HEADER).write_text(json.dumps(record))
+    (tmp_path / HEADER).write_text(seal(record))
     with pytest.raises(ConfigError, match=r"not a header this version wrote.*warp"):
         read_header(tmp_path)
+
+
+def test_an_edited_header_is_refused(tmp_path: Path) -> None:
+    """Names of classes in another order, say: still a header, still of this version."""
+    write_checkpoint(tmp_path, HEAD, TENSORS)
+    text = (tmp_path / HEADER).read_text()
+    (tmp_path / HEADER).write_text(text.replace('"a"', '"c"'))
+    with pytest.raises(ConfigError, match=r"checkpoint\.json is damaged \(it was edited: its SHA-256 differs\)"):
+        read_header(tmp_path)
+    (tmp_path / HEADER).write_text(text)
+    assert read_header(tmp_path).classes == HEAD.classes
+
+
+def test_a_run_that_has_not_finished_names_what_it_has(tmp_path: Path) -> None:
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    newest.mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=rf"has not finished; go on with --resume, or give a checkpoint of it, {newest}"
+    ):
+        read_header(tmp_path)
+
+
+def test_only_a_disk_is_called_full(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"x could not be written into .*No space left"),
+        explain_full_disk(tmp_path, "x"),
+    ):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(ConfigError, match="free"), explain_full_disk(tmp_path / "not" / "there", "x"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(FileNotFoundError), explain_full_disk(tmp_path, "x"):
+        (tmp_path / "gone").read_text()

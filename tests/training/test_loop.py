@@ -12,7 +12,7 @@ import torch
 
 from bigvivit.config import OptimConfig
 from bigvivit.training.failed_clips import Failures
-from bigvivit.training.loop import micro_batches, train
+from bigvivit.training.loop import NonFiniteError, micro_batches, train
 from bigvivit.training.metrics import MetricsLog
 from tests.memory.test_engine import batches, build_engine
 
@@ -81,3 +81,10 @@ def test_the_loss_of_a_record_is_the_mean_since_the_last(tmp_path: Path) -> None
 
     each = torch.tensor(run(1))
     assert run(4) == pytest.approx([each[:4].mean().item(), each[4:].mean().item()], abs=1e-6)
+
+
+def test_clips_of_the_ranks_whose_loss_is_no_number() -> None:
+    error = NonFiniteError(7, float("nan"), [(1.5, [3, 4]), (float("nan"), [5, 6]), (float("inf"), [7])])
+    assert (str(error), error.indices) == ("step 7: loss nan, gradient norm nan", [5, 6, 7])
+    error = NonFiniteError(7, float("inf"), [(1.5, [3, 4]), (2.5, [5])])  # it was the backward: anybody's
+    assert (str(error), error.indices) == ("step 7: loss 1.5, gradient norm inf", [3, 4, 5])

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from bigvivit.config import ConfigError
 from bigvivit.training.metrics import MetricsLog
 
 RECORD = {"lr": 0.1, "clips_per_second": 33.2, "peak_bytes": 2**30, "seconds_left": 9.0}
@@ -52,6 +53,17 @@ def test_a_run_that_goes_on_has_its_past_in_the_file_at_once(tmp_path: Path) -> 
     path.write_text("".join(lines) + '{"ste')
     MetricsLog(path, 10, "stage 1", first_step=3)
     assert path.read_text() == "".join(lines[:3])
+
+
+def test_a_full_disk_is_one_message_also_when_the_log_is_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 10, "stage 1")
+    log.file.close()
+    log.file = Path("/dev/full").open("a")  # noqa: SIM115 (closed by the log)
+    try:
+        with pytest.raises(ConfigError, match=r"metrics\.jsonl could not be written into .*No space left on device"):
+            log.report({"step": 1, "loss": 1.0, **RECORD})
+    finally:
+        log.close()  # which flushes once more
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
