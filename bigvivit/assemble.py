@@ -50,6 +50,11 @@ def open_tower(
     Raises ConfigError where it is not there or, given its `checksum`, not the one that was trained with.
     """
     assert model.tubelet is not None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"tower {folder} is not there: the run holds the way to the tower it was trained with, not its weights; "
+            f"put that folder back where it was"
+        )
     try:
         spec = resolve_tower(str(folder or model.tower), random=folder is None and model.tower_init == "random")
         if folder is None and model.tower_init == "random":

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import tyro
 
 from bigvivit.config import ConfigError, EvalConfig
+from bigvivit.memory.ranks import tell_once
+from bigvivit.training.checkpoint import CANNOT_WRITE
+from bigvivit.training.stop import STOPPED
 
 SHOWN_CLASSES, SHOWN_FAILURES = 20, 10
 
@@ -41,8 +44,16 @@ def main() -> None:
     try:
         commands[name][0](sys.argv[2:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_once(f"error: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(STOPPED)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def train(argv: list[str]) -> None:

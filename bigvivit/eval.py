@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
     Returns what was written, on rank 0; elsewhere nothing. Raises ConfigError, for all runs before the first starts.
     """
     runs = [(run, header := read_header(run), read_manifest(config.manifest, header.classes)) for run in config.runs]
+    for run in config.runs:
+        if not os.access(run, os.W_OK):
+            raise ConfigError(f"{run}: no permission to write there, where the result goes; evaluate a copy of it")
     rank, world = rank_and_world()
 
     from bigvivit.assemble import choose_device

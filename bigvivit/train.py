@@ -16,7 +16,7 @@ import tyro
 from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json, zero_stage
-from bigvivit.memory.ranks import is_first_of_node, rank_and_world, start_process_group
+from bigvivit.memory.ranks import rank_and_world, start_process_group, tell_once
 from bigvivit.training.checkpoint import HEADER, Header, explain_full_disk, read_header
 from bigvivit.training.progress import (
     OPTIMIZER,
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(tyro.cli(TrainConfig, args=argv, prog="bigvivit train"))
     except ConfigError as error:
-        if is_first_of_node():
-            print(f"error: {error}", file=sys.stderr)
+        tell_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)

@@ -164,3 +164,9 @@ def test_a_damaged_pickle(content: bytes, tmp_path: Path) -> None:
     pickle_weights(tmp_path).write_bytes(content)
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin cannot be unpickled safely"):
         open_tower(config(tmp_path, allow_pickle=True), seed=0)
+
+
+def test_a_trained_tower_that_was_moved_away_is_missed_by_its_folder(tmp_path: Path) -> None:
+    """Not looked for under that name on the hub."""
+    with pytest.raises(ConfigError, match=r"stage1/tower is not there: .*; put that folder back where it was"):
+        open_tower(config(tmp_path), seed=0, folder=tmp_path / "stage1" / "tower", checksum="0" * 64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bigvivit import cli
 from tests.launching import BIN, ROOT, Runs
 
 
@@ -54,6 +57,27 @@ def test_an_unknown_command() -> None:
     assert done.returncode == 2
     known = "train, eval, predict, plan, drift, towers, check, report, replay, demo"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 75, "stopped\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: [Errno 13] Permission denied: 'x'\n"),
+    ],
+)
+def test_what_no_command_expects_is_a_line_too(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def towers(argv: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "towers", towers)
+    monkeypatch.setattr(sys, "argv", ["bigvivit", "towers"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, capsys.readouterr().err) == (code, message)
 
 
 def test_evaluate_and_report(runs: Runs, demo: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, TrainConfig
-from bigvivit.train import prepare
-from tests.launching import STAGE1, STAGE2, Runs, environment
+from bigvivit.memory.ranks import OTHERS_WAIT_S
+from bigvivit.train import main, prepare
+from tests.launching import STAGE1, STAGE2, Runs, environment, start
 
 BASE = ["--out", "out", *STAGE1, "--data.train", "good.csv"]
 SECOND = ["--out", "out", *STAGE2, "--data.train", "good.csv"]
@@ -215,6 +218,26 @@ def test_each_wrong_setting_is_one_message_before_torch_is_imported(folder: Path
             wrong.append(f"{argv[-3:]}: wanted {message!r}, got {code} {printed!r}, torch imported: {torch_imported}")
     assert not wrong, "\n".join(wrong)
     assert sorted(folder.rglob("*")) == before  # and nothing was written
+
+
+def test_ranks_tell_it_once_though_their_launcher_ends_all_at_the_first(folder: Path) -> None:
+    late = 'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(4)\n'
+    (folder / "sitecustomize.py").write_text(late)  # the rank that speaks comes last
+    settings = [*BASE[:-1], folder / "good.csv", "--optim.batch-size", 7]
+    done = start("torchrun", *settings, env={"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
+    assert done.stderr.count("error: optim.batch_size=7 does not divide over 2 ranks") == 1, done.stderr
+
+
+def test_a_rank_whose_fault_is_its_own_speaks_in_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in (*BASE, "--keep", 0)])
+    assert (end.value.code, slept) == (2, [OTHERS_WAIT_S])
+    assert capsys.readouterr().err == "error: keep=0 must be at least 1\n"
 
 
 @pytest.mark.parametrize(

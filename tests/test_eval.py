@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -190,3 +191,11 @@ def test_all_runs_are_looked_at_before_the_first_starts(runs: Runs, demo: Path, 
     with pytest.raises(ConfigError, match=r"holds no checkpoint\.json"):
         evaluate_runs(EvalConfig(runs=(runs["plain1"], tmp_path), manifest=demo / "val.csv", device="cpu"))
     assert not (runs["plain1"] / "eval.json").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_evaluated(
+    runs: Runs, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    with pytest.raises(ConfigError, match="plain1: no permission to write there"):
+        evaluate_runs(EvalConfig(runs=(runs["plain1"],), manifest=demo / "val.csv", device="cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +36,20 @@ def rank_and_world() -> tuple[int, int]:
 def is_first_of_node() -> bool:
     """Whether this process speaks for its node, where all processes of a node would say the same."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+OTHERS_WAIT_S = 20.0
+"""Launchers end all ranks as soon as one has ended: the one that speaks must be the first, on a busy machine too."""
+
+
+def tell_once(message: str) -> None:
+    """Print an error that every process of a node has met: the first at once, and its launcher then ends the others.
+
+    They speak for themselves where that does not happen, since then the fault may be theirs alone.
+    """
+    if not is_first_of_node():
+        time.sleep(OTHERS_WAIT_S)
+    print(message, file=sys.stderr, flush=True)
 
 
 def gather_over_ranks(own: T) -> list[T]:
