@@ -71,7 +71,8 @@ def write_report(
 ) -> Path:
     """`<bench>_<machine>_<date>.json` and a `.md` table of the same rows; returns the path without its ending.
 
-    Each row says `evidence`, measured or forecast, and carries the unit in each key.
+    Each row says `evidence`, measured or forecast, and carries the unit in each key. Of `settings`, which may also hold
+    what all rows came to, the Markdown shows those that are one value.
     """
     now, machine, versions = datetime.now(timezone.utc), describe_machine(device), read_versions()
     words = re.sub(r"\(.*?\)|[^a-z0-9]+", " ", f"{machine['device']} {machine['cores']} cores".lower())
@@ -96,6 +97,9 @@ def write_report(
     head += f"{machine['device']}, {machine['cores']} cores, {memory}; " + ", ".join(
         f"{name} {version}" for name, version in versions.items()
     )
+    simple = {key: format_cell(key, value) for key, value in settings.items() if isinstance(value, str | int | float)}
+    if simple:
+        head += "\n\n" + ", ".join(f"{key} {value}" for key, value in simple.items())
     stem.with_name(f"{stem.name}.md").write_text(f"{head}\n\n{text}\n")
     return stem
 
