@@ -105,3 +105,12 @@ PUBLISHED = {
     "facebook/vit-mae-huge": Published(size(ViTMAEConfig, 32, 1280, 16, 14, intermediate_size=5120), CARD),
     "apple/aimv2-huge-patch14-224": Published(size(Aimv2VisionConfig, 24, 1536, 12, 14, intermediate_size=4096), CARD),
 }
+
+TIMM = (
+    "timm/eva_giant_patch14_clip_224.merged2b",
+    "timm/eva02_large_patch14_448.mim_m38m_ft_in22k",
+    "timm/eva02_enormous_patch14_clip_224.laion2b_plus",
+    "timm/vit_base_r50_s16_224.orig_in21k",
+    "timm/vit_large_r50_s32_224.augreg_in21k",
+)
+"""Published for timm, whose own registry says what they are; the last two begin with a ResNet."""

@@ -5,7 +5,7 @@ The modules are Hugging Face's own; what is ours is the order in which they are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import (
@@ -19,9 +19,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
+    TimmWrapperModel,
     ViTConfig,
     ViTModel,
 )
+
+from bigvivit.model.timm_towers import MODEL_TYPE, complete, is_timm
 
 RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)
@@ -36,6 +39,7 @@ class Family:
     """Where the parts of a tower stand in a Hugging Face model, by their dotted names."""
 
     model: type[PreTrainedModel]
+    """Of a tower from timm, what opens it in transformers; `timm_towers.py` takes timm's own model apart."""
     embed: tuple[str, ...] = ("embeddings",)
     """Called one after the other on the pixels."""
     layers: str = "layers"
@@ -152,12 +156,15 @@ FAMILIES = {
         resizes=False,
         settings={"use_head": False},
     ),
+    MODEL_TYPE: Family(model=TimmWrapperModel, norm="norm", vector="pooler", pooler="pooler", mean=HALF, std=HALF),
 }
 """By `model_type` of the configuration."""
 
 
 def adapt_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration that the family's model is built from."""
+    """The configuration that the family's model is built from. Raises ValueError for one of timm's that is no tower."""
+    if is_timm(config):
+        return complete(config)
     if config.model_type != "vit_mae":
         return config
     known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
@@ -168,4 +175,7 @@ def adapt_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration that `adapt_config` gave."""
-    return FAMILIES[getattr(config, "trained_as", config.model_type)]
+    family = FAMILIES[getattr(config, "trained_as", config.model_type)]
+    if is_timm(config):  # each model of timm's has its own
+        return replace(family, mean=tuple(config.normalisation[0]), std=tuple(config.normalisation[1]))
+    return family

@@ -14,12 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch.utils._pytree import tree_map
+from transformers import AutoConfig, PretrainedConfig
 
 from bigvivit.model.blocks import apply_stochastic_depth
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.model.families import FAMILIES, HALF, RGB, Family, adapt_config, family_of
 from bigvivit.model.hub import find_folder
+from bigvivit.model.timm_towers import (
+    PREFIX,
+    build_timm_model,
+    describe_architecture,
+    is_timm,
+    read_timm_config,
+    take_apart,
+    timm_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +77,9 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
     """
     if name in SIZES:
         return TowerSpec(name, SIZES[name], HALF, HALF)
+    if name.startswith(PREFIX) and random:
+        config = describe_architecture(name.removeprefix(PREFIX))
+        return TowerSpec(name, config, family_of(config).mean, family_of(config).std)
     if name in PUBLISHED and random:
         config = adapt_config(PUBLISHED[name].config)
         family = family_of(config)
@@ -78,7 +91,9 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
     if not (folder / "config.json").is_file():
         raise ValueError(f"tower {name} has no config.json: give a model in Hugging Face format")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        described = json.loads((folder / "config.json").read_text())
+        # As timm writes it; transformers would ask timm for the names of classes.
+        config = read_timm_config(described) if "architecture" in described else AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever a damaged file leads to in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -145,7 +160,9 @@ class Embed(nn.Module):
         extras = dict(self.family.layer_options)
         for rotary in self.rotary:
             tables = rotary(torch.empty(0, 3, *pixels.shape[-2:], dtype=dtype))
-            extras["position_embeddings"] = tuple(table.to(pixels.device) for table in tables)
+            if not isinstance(tables, dict):
+                tables = {"position_embeddings": tables}
+            extras |= tree_map(lambda table: table.to(pixels.device), tables)
         return hidden, extras
 
 
@@ -203,21 +220,28 @@ def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: fl
             f"clip.size={image_size}: tower {spec.name} has positions for images of {spec.config.image_size} pixels, "
             f"and its family has no way of interpolating them; give --clip.size {spec.config.image_size}"
         )
-    model = build_hf_model(spec, tubelet)
+    model: Any = build_hf_model(spec, tubelet)
+    if is_timm(spec.config):
+        embed, layers, ends, rotary = take_apart(model)
+        apply_stochastic_depth(layers, droplayer)
+        return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
     rotary = None
     if family.rotary is not None:
         with torch.device("cpu"):  # its frequencies are numbers, not weights
             rotary = type(model.get_submodule(family.rotary))(spec.config)
-    embed = Embed(spec, {name: model.get_submodule(name) for name in family.embed}, rotary)
+    embed = {name: model.get_submodule(name) for name in family.embed}
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     apply_stochastic_depth(layers, droplayer)
-    ends = [name for name in (family.norm, family.pooler) if name is not None]
-    return Tower(spec, embed, layers, Pool(spec, {name: model.get_submodule(name) for name in ends}))
+    ends = {name: model.get_submodule(name) for name in (family.norm, family.pooler) if name is not None}
+    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
 
 
-def build_hf_model(spec: TowerSpec, tubelet: int) -> PreTrainedModel:
-    """Hugging Face's own model over tubelets, on the meta device, attending through SDPA."""
+def build_hf_model(spec: TowerSpec, tubelet: int) -> Any:
+    """Hugging Face's own model over tubelets, or timm's, on the meta device, attending through SDPA."""
+    if is_timm(spec.config):
+        with torch.device("meta"):
+            return build_timm_model(spec.config, tubelet)
     settings = {**spec.config.to_dict(), **spec.family.settings, "num_channels": 3 * tubelet}
     config = type(spec.config).from_dict(settings, attn_implementation="sdpa")
     with torch.device("meta"):
@@ -234,7 +258,9 @@ def build_hf_model(spec: TowerSpec, tubelet: int) -> PreTrainedModel:
 
 
 def hf_name(spec: TowerSpec, piece: str, parameter: str) -> str:
-    """A parameter's name in Hugging Face's model, from the piece it is in and its name there."""
+    """A parameter's name in Hugging Face's model, or in timm's, from the piece it is in and its name there."""
+    if is_timm(spec.config):
+        return timm_name(piece, parameter)
     if piece.startswith("layers."):
         return f"{spec.family.layers}.{piece.removeprefix('layers.')}.{parameter}"
     return parameter

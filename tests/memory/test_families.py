@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TimmWrapperConfig
 
 from bigvivit.memory.freeze import freeze
 from bigvivit.memory.plan import Stream
@@ -14,15 +15,18 @@ from bigvivit.model.families import FAMILIES
 from bigvivit.model.towers import resolve_tower
 from bigvivit.model.weights import open_weights
 from tests.memory.walk import Cell, losses
-from tests.model.reference import MODELS, draw_images, load, save
+from tests.model.reference import MODELS, TIMM_MODELS, draw_images, load, save
 
 
 def test_no_family_is_left_out(tmp_path: Path) -> None:
-    families = []
+    families: list[type] = []
     for name, build_model in MODELS.items():
         build_model().config.save_pretrained(tmp_path / name)
-        families.append(resolve_tower(str(tmp_path / name), random=True).family)
-    assert [name for name, family in FAMILIES.items() if family not in families] == []
+    for name, arguments in TIMM_MODELS.items():
+        TimmWrapperConfig(architecture=name, model_args=arguments).save_pretrained(tmp_path / name)
+    for folder in tmp_path.iterdir():
+        families.append(resolve_tower(str(folder), random=True).family.model)
+    assert [name for name, family in FAMILIES.items() if family.model not in families] == []
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 3), (2, 2), (4, 1)])
@@ -38,7 +42,8 @@ def test_a_streamed_tower_is_the_tower(name: str, group: int, chunk: int, tmp_pa
     torch.testing.assert_close(frozen(images), expected, rtol=1e-6, atol=1e-6)
 
 
-DIFFERENT = {"dinov3-swiglu", "siglip", "aimv2", "registers", "eva"}
+EVA02 = "eva02_tiny_patch14_224"
+DIFFERENT = {"dinov3-swiglu", "siglip", "aimv2", "registers", "eva", "eva02"}
 """Trained whole, in stage 1, under every engine; test_towers.py shows for all that each weight gets a gradient."""
 
 
@@ -50,7 +55,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
         build().config.save_pretrained(folder / name)
         stages = (1, 2) if name in DIFFERENT else (2,)
         found += [{"stage": stage, "tower": str(folder / name), "image": 32} for stage in stages]
-    return found
+    eva = folder / "eva02"
+    TimmWrapperConfig(architecture=EVA02, model_args=TIMM_MODELS[EVA02]).save_pretrained(eva)
+    return found + [{"stage": stage, "tower": str(eva), "image": 32} for stage in (1, 2)]
 
 
 @pytest.fixture(scope="module")
