@@ -5,7 +5,7 @@ The modules are Hugging Face's own; what is ours is the order in which they are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import (
@@ -50,7 +50,7 @@ class Family:
     pooler: str | None = None
     mean: RGB
     std: RGB
-    """Normalisation the family was trained with; a preprocessor_config.json beside the weights comes first."""
+    """Normalisation the family was trained with; what the files beside the weights say comes first."""
     preprocessor_is_wrong: RGB | None = None
     """Mean, and deviation, that a conversion script wrote without asking the model."""
     rotary: str | None = None
@@ -175,7 +175,4 @@ def adapt_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration that `adapt_config` gave."""
-    family = FAMILIES[getattr(config, "trained_as", config.model_type)]
-    if is_timm(config):  # each model of timm's has its own
-        return replace(family, mean=tuple(config.normalisation[0]), std=tuple(config.normalisation[1]))
-    return family
+    return FAMILIES[getattr(config, "trained_as", config.model_type)]

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, TimmWrapperConfig
 
 PREFIX = "timm/"
 MODEL_TYPE = TimmWrapperConfig.model_type
-OURS = {"num_classes", "in_chans", "depth", "dynamic_img_size"}
+OURS = {"num_classes", "in_chans", "depth", "dynamic_img_size", "drop_path_rate"}
 """Arguments of timm's models that towers set themselves."""
-FAMILIES_HELP = "timm's Eva and VisionTransformer, such as timm/eva_giant_patch14_224 or timm/vit_base_r50_s16_224"
+KNOWN = "timm's Eva and VisionTransformer, such as timm/eva_giant_patch14_224 or timm/vit_base_r50_s16_224"
 
 
 def has_timm() -> bool:
@@ -50,39 +50,55 @@ def complete(config: PretrainedConfig) -> PretrainedConfig:
     if not has_timm():
         raise ValueError(f'model.tower={name} needs timm: pip install "bigvivit[timm]"')
     import timm
-    from timm.models import Eva, VisionTransformer
 
-    arguments = {key: value for key, value in (config.model_args or {}).items() if key not in OURS}
+    given = config.model_args or {}
+    arguments = {key: value for key, value in given.items() if key not in OURS}
     try:
         with torch.device("meta"):
-            model = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
+            model: Any = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
+    except Exception as error:  # whatever a wrong name or wrong arguments lead to in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model.tower={name} is no tower of timm's ({reason}): give one of {FAMILIES_HELP}") from None
-    parts: Any = model
-    unfit = ""
-    if not isinstance(model, Eva | VisionTransformer):
-        unfit = f"a {type(model).__name__}"
-    elif getattr(model, "attn_pool", None) is not None or getattr(model, "rope_mixed", False):
-        unfit = "one that pools by attention, or whose layers differ in their positions"
-    if unfit:
-        raise ValueError(f"model.tower={name} is {unfit}; bigvivit knows {FAMILIES_HELP}")
-    published = {**parts.pretrained_cfg, **getattr(config, "pretrained_cfg", {})}
-    block, patches = parts.blocks[0], parts.patch_embed
+        raise ValueError(f"model.tower={name} is no tower of timm's ({reason}): give one of {KNOWN}") from None
+    if unfit := why_unfit(model):
+        raise ValueError(f"model.tower={name} is {unfit}; bigvivit knows {KNOWN}")
+    mlp, patches = model.blocks[0].mlp, model.patch_embed
     known = {
         "model_args": arguments,
-        "hidden_size": parts.embed_dim,
-        "num_hidden_layers": (config.model_args or {}).get("depth", len(parts.blocks)),
-        "num_attention_heads": block.attn.num_heads,
-        "intermediate_size": (block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1).out_features,
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": given.get("depth", len(model.blocks)),
+        "num_attention_heads": model.blocks[0].attn.num_heads,
+        "intermediate_size": (mlp.fc1_g if hasattr(mlp, "fc1_g") else mlp.fc1).out_features,
         "patch_size": patches.feat_ratio(as_scalar=True),
         "image_size": patches.img_size[0],
         "hybrid": hasattr(patches, "backbone"),
-        "normalisation": [[float(value) for value in published[key]] for key in ("mean", "std")],
+        "pooling": {"token": "CLS", "avg": "mean"}.get(model.global_pool, model.global_pool),
+        "pretrained_cfg": {**model.pretrained_cfg, **getattr(config, "pretrained_cfg", {})},
     }
     for key, value in known.items():
         setattr(config, key, value)
     return config
+
+
+def why_unfit(model: Any) -> str | None:
+    """Why timm's model cannot be taken apart as towers are; None where it can."""
+    from timm.models import Eva, VisionTransformer
+
+    if type(model) not in (Eva, VisionTransformer):  # what is derived from them may have heads and tokens of its own
+        return f"a {type(model).__name__}"
+    if model.attn_pool is not None or not model.global_pool:
+        return "one that pools by attention, or not at all"
+    if not hasattr(model.blocks[0], "drop_path1"):
+        return f"one of {type(model.blocks[0]).__name__}s, which have no attention and MLP one after the other"
+    if getattr(model, "rope_mixed", False) or len({layer_shapes(block) for block in model.blocks}) > 1:
+        return "one whose layers differ"
+    if len(model.state_dict()) > len(list(model.parameters())):
+        return "one with running statistics"
+    return None
+
+
+def layer_shapes(layer: nn.Module) -> tuple[torch.Size, ...]:
+    """What tells layers apart that are of one class."""
+    return tuple(parameter.shape for parameter in layer.parameters())
 
 
 def build_timm_model(config: PretrainedConfig, tubelet: int) -> nn.Module:
@@ -136,37 +152,29 @@ class PoolTokens(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.how, self.prefix, self.fc_norm = model.global_pool, model.num_prefix_tokens, model.fc_norm
+        self.how, self.fc_norm = model.global_pool, model.fc_norm
+        self.prefix, self.with_prefix = model.num_prefix_tokens, getattr(model, "pool_include_prefix", False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[n, tokens, width] → [n, width]."""
         from timm.layers import global_pool_nlc
 
-        pooled: Tensor = self.fc_norm(global_pool_nlc(hidden, pool_type=self.how, num_prefix_tokens=self.prefix))
-        return pooled
+        pooled: Tensor = global_pool_nlc(hidden, self.how, self.prefix, reduce_include_prefix=self.with_prefix)
+        return self.fc_norm(pooled)
 
 
-def take_apart(model: Any) -> tuple[dict[str, nn.Module], nn.ModuleList, dict[str, nn.Module], Rotary | None]:
-    """(embed, layers, pool, rotary) of timm's model, which is of no other use then."""
+def take_apart(model: Any) -> tuple[dict[str, nn.Module], nn.ModuleList, dict[str, nn.Module], nn.Module | None]:
+    """(embed, layers, ends, rotary) of timm's model, which is of no other use then."""
     rotary = None
     if getattr(model, "rope", None) is not None:
-        rotary = Rotary(build_rope(model.config), model.config.patch_size)
+        rope = model.rope.to_empty(device="cpu")
+        rope.init_non_persistent_buffers()  # its frequencies: numbers, not weights
+        rotary = Rotary(rope, model.config.patch_size)
         model.rope = None
-    ends: dict[str, nn.Module] = {"norm": model.norm, "pooler": PoolTokens(model)}
-    layers: nn.ModuleList = model.blocks
+    ends = {"norm": model.norm, "pooler": PoolTokens(model)}
+    layers = nn.ModuleList(model.blocks)
     model.blocks, model.norm, model.fc_norm = nn.ModuleList(), nn.Identity(), nn.Identity()
     return {"stem": Stem(model)}, layers, ends, rotary
-
-
-def build_rope(config: PretrainedConfig) -> nn.Module:
-    """timm's rotary positions, on the CPU with their values: those of a model without layers."""
-    import timm
-
-    arguments = {**config.model_args, "depth": 0}
-    with torch.device("cpu"):
-        model: Any = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
-    rope: nn.Module = model.rope
-    return rope
 
 
 def timm_name(piece: str, parameter: str) -> str:

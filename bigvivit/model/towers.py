@@ -79,7 +79,7 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
         return TowerSpec(name, SIZES[name], HALF, HALF)
     if name.startswith(PREFIX) and random:
         config = describe_architecture(name.removeprefix(PREFIX))
-        return TowerSpec(name, config, family_of(config).mean, family_of(config).std)
+        return TowerSpec(name, config, tuple(config.pretrained_cfg["mean"]), tuple(config.pretrained_cfg["std"]))
     if name in PUBLISHED and random:
         config = adapt_config(PUBLISHED[name].config)
         family = family_of(config)
@@ -107,25 +107,28 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
         )
     config.num_channels = 3  # a trained tower's folder says 3 per frame of its tubelets
     config = adapt_config(config)
-    mean, std = read_normalisation(folder, family_of(config))
+    mean, std = read_normalisation(folder, config)
     return TowerSpec(name, config, mean, std)
 
 
-def read_normalisation(folder: Path, family: Family) -> tuple[RGB, RGB]:
-    """Mean and standard deviation from the model's preprocessor_config.json, or its family's where it has none."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return family.mean, family.std
+def read_normalisation(folder: Path, config: PretrainedConfig) -> tuple[RGB, RGB]:
+    """Mean and standard deviation from the model's preprocessor_config.json, or its family's where it has none; timm
+    writes them into config.json."""
+    path, names, family = folder / "preprocessor_config.json", ("image_mean", "image_std"), family_of(config)
+    fix = "fetch it again"
     try:
-        values = json.loads(path.read_text())
-        mean, std = (values.get(key, own) for key, own in (("image_mean", family.mean), ("image_std", family.std)))
+        if path.is_file():
+            values = json.loads(path.read_text())
+            fix += ", or delete it to take those of the family"
+        elif is_timm(config):
+            path, names, values = folder / "config.json", ("mean", "std"), config.pretrained_cfg
+        else:
+            return family.mean, family.std
+        mean, std = (values.get(name, own) for name, own in zip(names, (family.mean, family.std), strict=True))
         if not all(len(rgb) == 3 and all(math.isfinite(value) for value in rgb) for rgb in (mean, std)) or 0 in std:
             raise ValueError(f"image_mean {mean}, image_std {std}")
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path} gives no mean and deviation of three colours ({error}): fetch it again, or delete it to take "
-            f"those of the family"
-        ) from None
+        raise ValueError(f"{path} gives no mean and deviation of three colours ({error}): {fix}") from None
     if family.preprocessor_is_wrong == tuple(mean) == tuple(std):
         log.info("tower %s: its preprocessor says %s, a default; it was trained with %s", folder, mean[0], family.mean)
         return family.mean, family.std
@@ -220,21 +223,25 @@ def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: fl
             f"clip.size={image_size}: tower {spec.name} has positions for images of {spec.config.image_size} pixels, "
             f"and its family has no way of interpolating them; give --clip.size {spec.config.image_size}"
         )
-    model: Any = build_hf_model(spec, tubelet)
-    if is_timm(spec.config):
-        embed, layers, ends, rotary = take_apart(model)
-        apply_stochastic_depth(layers, droplayer)
-        return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
-    rotary = None
+    model = build_hf_model(spec, tubelet)
+    embed, layers, ends, rotary = take_apart(model) if is_timm(spec.config) else take_hf_apart(model, spec)
+    apply_stochastic_depth(layers, droplayer)
+    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
+
+
+def take_hf_apart(
+    model: nn.Module, spec: TowerSpec
+) -> tuple[dict[str, nn.Module], nn.ModuleList, dict[str, nn.Module], nn.Module | None]:
+    """(embed, layers, ends, rotary) of Hugging Face's model."""
+    family, rotary = spec.family, None
     if family.rotary is not None:
         with torch.device("cpu"):  # its frequencies are numbers, not weights
             rotary = type(model.get_submodule(family.rotary))(spec.config)
     embed = {name: model.get_submodule(name) for name in family.embed}
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
-    apply_stochastic_depth(layers, droplayer)
     ends = {name: model.get_submodule(name) for name in (family.norm, family.pooler) if name is not None}
-    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
+    return embed, layers, ends, rotary
 
 
 def build_hf_model(spec: TowerSpec, tubelet: int) -> Any:

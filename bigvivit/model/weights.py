@@ -233,13 +233,15 @@ def kernel_name(spec: TowerSpec, tubelet: int) -> str:
 
 
 def refill_buffers(piece: nn.Module) -> None:
-    """CLIP's position_ids, and EVA's bias of keys, lose their values with their storage on the meta device."""
-    for name, buffer in piece.named_buffers():
-        if name.endswith("k_bias"):
-            buffer.zero_()
+    """CLIP's position_ids, and buffers of timm's, lose their values with their storage on the meta device."""
+    for part in piece.modules():
+        restore = getattr(part, "init_non_persistent_buffers", None)  # timm's
+        if callable(restore):
+            restore()
             continue
-        assert name.endswith("position_ids"), f"buffer {name} has no known value"
-        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+        for name, buffer in part.named_buffers(recurse=False):
+            assert name == "position_ids", f"buffer {name} has no known value"
+            buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
 
 
 def write_piece(folder: Path, spec: TowerSpec, name: str, state: dict[str, Tensor]) -> None:
