@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, TimmWrapperConfig
 
 PREFIX = "timm/"
 MODEL_TYPE = TimmWrapperConfig.model_type
-OURS = {"num_classes", "in_chans", "depth", "dynamic_img_size", "drop_path_rate"}
+OURS = {"num_classes", "in_chans", "dynamic_img_size", "drop_path_rate"}
 """Arguments of timm's models that towers set themselves."""
 KNOWN = "timm's Eva and VisionTransformer, such as timm/eva_giant_patch14_224 or timm/vit_base_r50_s16_224"
 
@@ -51,8 +51,7 @@ def complete(config: PretrainedConfig) -> PretrainedConfig:
         raise ValueError(f'model.tower={name} needs timm: pip install "bigvivit[timm]"')
     import timm
 
-    given = config.model_args or {}
-    arguments = {key: value for key, value in given.items() if key not in OURS}
+    arguments = {key: value for key, value in (config.model_args or {}).items() if key not in OURS}
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
@@ -65,7 +64,7 @@ def complete(config: PretrainedConfig) -> PretrainedConfig:
     known = {
         "model_args": arguments,
         "hidden_size": model.embed_dim,
-        "num_hidden_layers": given.get("depth", len(model.blocks)),
+        "num_hidden_layers": len(model.blocks),
         "num_attention_heads": model.blocks[0].attn.num_heads,
         "intermediate_size": (mlp.fc1_g if hasattr(mlp, "fc1_g") else mlp.fc1).out_features,
         "patch_size": patches.feat_ratio(as_scalar=True),
@@ -113,8 +112,9 @@ def build_timm_model(config: PretrainedConfig, tubelet: int) -> nn.Module:
             f"model.tubelet={tubelet}: {config.architecture} begins with a ResNet, which takes single frames; "
             f"give --model.tubelet 1"
         )
-    arguments = {**config.model_args, "in_chans": 3 * tubelet, "depth": config.num_hidden_layers}
-    model: nn.Module = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
+    arguments = {**config.model_args, "in_chans": 3 * tubelet}
+    model: Any = timm.create_model(config.architecture, num_classes=0, dynamic_img_size=True, **arguments)
+    model.blocks = model.blocks[: config.num_hidden_layers]  # a forecast traces fewer
     own: Any = type(config)(**{**config.to_dict(), "model_args": arguments})
     model.config = own
     return model
