@@ -156,6 +156,7 @@ def test_a_preprocessor_that_a_script_left_at_its_default(tmp_path: Path) -> Non
         ("facebook/dinov3-vith16plus-pretrain-lvd1689m", 0.84),
         ("facebook/dinov3-vit7b16-pretrain-lvd1689m", 6.72),
         ("google/siglip2-giant-opt-patch16-256", 1.16),
+        ("apple/aimv2-1B-patch14-224", 1.23),
     ],
 )
 def test_published_towers_have_the_size_their_makers_say(name: str, billions: float) -> None:
