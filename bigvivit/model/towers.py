@@ -22,6 +22,7 @@ from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.model.families import FAMILIES, HALF, RGB, Family, adapt_config, family_of
 from bigvivit.model.hub import find_folder
 from bigvivit.model.timm_towers import (
+    MODEL_TYPE,
     PREFIX,
     build_timm_model,
     describe_architecture,
@@ -92,8 +93,9 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
         raise ValueError(f"tower {name} has no config.json: give a model in Hugging Face format")
     try:
         described = json.loads((folder / "config.json").read_text())
-        # As timm writes it; transformers would ask timm for the names of classes.
-        config = read_timm_config(described) if "architecture" in described else AutoConfig.from_pretrained(folder)
+        timms = "architecture" in described and described.get("model_type", MODEL_TYPE) == MODEL_TYPE
+        # Transformers would ask timm for the names of classes.
+        config = read_timm_config(described) if timms else AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever a damaged file leads to in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
