@@ -167,6 +167,8 @@ def towers(argv: list[str]) -> None:
 
     tyro.cli(no_arguments, args=argv, prog="bigvivit towers")
 
+    from bigvivit.model.catalog import TIMM
+    from bigvivit.model.timm_towers import has_timm
     from bigvivit.towers import list_towers
     from bigvivit.units import format_bytes, format_count
 
@@ -180,6 +182,8 @@ def towers(argv: list[str]) -> None:
             for row in list_towers()
         ],
     )  # fmt: skip
+    if not has_timm():
+        print(f'with pip install "bigvivit[timm]" also {", ".join(TIMM)}')
 
 
 def check(argv: list[str]) -> None:

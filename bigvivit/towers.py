@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bigvivit.model.catalog import PUBLISHED, SIZES
+from bigvivit.model.catalog import PUBLISHED, SIZES, TIMM
 from bigvivit.model.families import HALF, IMAGENET_MEAN
+from bigvivit.model.timm_towers import has_timm
 from bigvivit.model.towers import build_tower, resolve_tower
 
 BF16_BYTES = 2
@@ -38,8 +39,8 @@ class Row:
 
 
 def list_towers() -> list[Row]:
-    """Every tower that has a name here, built without weights."""
-    return [describe(name) for name in (*SIZES, *PUBLISHED)]
+    """Every tower that has a name here, built without weights; those from timm where it is installed."""
+    return [describe(name) for name in (*SIZES, *PUBLISHED, *(TIMM if has_timm() else ()))]
 
 
 def describe(name: str) -> Row:
@@ -55,14 +56,23 @@ def describe(name: str) -> Row:
         dimensions=f"{len(tower.layers)}/{spec.width}/{spec.heads}/{spec.mlp}",
         patch=int(spec.config.patch_size),
         image=image,
-        vector=family.vector,
-        normalisation={HALF: "0.5", IMAGENET_MEAN: "ImageNet"}.get(family.mean, "OpenAI"),
+        vector=getattr(spec.config, "pooling", family.vector),
+        normalisation={HALF: "0.5", IMAGENET_MEAN: "ImageNet"}.get(spec.mean, "OpenAI"),
         fp16={True: "yes", False: "no", None: "?"}[family.fp16_safe],
         parameters=parameters,
         bf16_bytes=parameters * BF16_BYTES,
         tokens=hidden.shape[1],
-        source=PUBLISHED[name].source if name in PUBLISHED else "the paper, Table 5" if name != "vit-demo" else "ours",
+        source=find_source(name),
     )
+
+
+def find_source(name: str) -> str:
+    """Where a tower's dimensions come from."""
+    if name in PUBLISHED:
+        return PUBLISHED[name].source
+    if name in TIMM:
+        return "timm's registry"
+    return "ours" if name == "vit-demo" else "the paper, Table 5"
 
 
 def count(module: nn.Module) -> int:

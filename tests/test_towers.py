@@ -9,7 +9,7 @@ import pytest
 from bigvivit.assemble import check_types, open_tower
 from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.model.catalog import PUBLISHED, SIZES
+from bigvivit.model.catalog import PUBLISHED, SIZES, TIMM
 from bigvivit.towers import list_towers
 from tests.model.reference import MODELS
 from tests.test_cli import call
@@ -17,7 +17,9 @@ from tests.test_cli import call
 
 def test_rows_are_what_they_say() -> None:
     rows = {row.name: row for row in list_towers()}
-    assert rows.keys() == SIZES.keys() | PUBLISHED.keys()
+    assert rows.keys() == SIZES.keys() | PUBLISHED.keys() | set(TIMM)
+    assert rows["timm/vit_large_r50_s32_224.augreg_in21k"].tokens == 1 + (224 // 32) ** 2
+    assert rows["timm/eva_giant_patch14_clip_224.merged2b"].normalisation == "OpenAI"
     g = rows["vit-g"]
     assert (g.dimensions, g.tokens, g.vector) == ("40/1408/16/6144", 257, "CLS")
     assert g.bf16_bytes == 2 * g.parameters

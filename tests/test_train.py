@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TimmWrapperConfig
 
 from bigvivit.model.weights import tower_checksum
 from tests.launching import LOSS_TOLERANCE, STAGE1, STAGE2, Runs, read_losses, start, train
+from tests.model.reference import TIMM_MODELS
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -109,6 +112,29 @@ def test_wrong_settings_end_in_one_message(arguments: list, message: str, demo: 
     assert f"error: {message}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tubelet"),
+    [("eva02_tiny_patch14_224", 2), pytest.param("vit_tiny_r_s16_p8_224", 1, marks=pytest.mark.slow)],
+)
+def test_both_stages_on_a_tower_from_timm(name: str, tubelet: int, demo: Path, tmp_path: Path) -> None:
+    """Stage 2 opens what stage 1 trained and wrote; a hybrid takes single frames."""
+    TimmWrapperConfig(architecture=name, model_args=TIMM_MODELS[name]).save_pretrained(tmp_path / "tower")
+    size = TIMM_MODELS[name]["img_size"]
+    own = ["--clip.size", size, "--clip.resize", size, "--optim.epochs", 1, "--optim.lr", 0.01]
+    first = ["--model.tower", tmp_path / "tower", "--model.tubelet", tubelet]
+    data = ["--data.train", demo / "train.csv"]
+    train("python", tmp_path / "1", *STAGE1, *own, *first, *data)
+    printed = train("python", tmp_path / "2", *STAGE2, *own, *data, "--init-from", tmp_path / "1")
+    assert "froze tower" in printed
+    header = json.loads((tmp_path / "2" / "checkpoint.json").read_text())
+    assert header["tower_checksum"] == tower_checksum(tmp_path / "1" / "tower")
+    for stage in "12":
+        losses = read_losses(tmp_path / stage)
+        assert len(losses) == 4
+        assert max(losses) - min(losses) > 100 * LOSS_TOLERANCE
+        assert all(math.isfinite(loss) for loss in losses)
 
 
 def test_a_finished_run_is_not_overwritten(runs: Runs, demo: Path) -> None:

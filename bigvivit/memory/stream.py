@@ -55,7 +55,7 @@ class StreamedLayer(nn.Module):
         buffer = torch.zeros(size, dtype=torch.uint8)
         for name, view in view_slots(buffer, self.slots).items():
             view.copy_(stored[name])
-        self.kept = {name: kept.to(self.device) for name, kept in self.layer.named_buffers()}
+        self.kept = self.cast_buffers(self.layer)
         layer = self.layer.to("meta")
         del self.layer
         # In a tuple, which nn.Module does not look into: neither engines nor checkpoints shall see it.
@@ -68,7 +68,15 @@ class StreamedLayer(nn.Module):
             assert fetched is not None
             (layer,) = self.packed
             return layer, {**unpack_weights(view_slots(fetched, self.slots), layer, self.compute), **self.kept}
-        return self.layer, {name: weight.to(self.compute) for name, weight in self.layer.named_parameters()}
+        weights = {name: weight.to(self.compute) for name, weight in self.layer.named_parameters()}
+        return self.layer, {**weights, **self.cast_buffers(self.layer)}
+
+    def cast_buffers(self, layer: nn.Module) -> dict[str, Tensor]:
+        """A layer's buffers on the device, numbers in the compute type."""
+        return {
+            name: buffer.to(self.device, self.compute if buffer.is_floating_point() else None)
+            for name, buffer in layer.named_buffers()
+        }
 
     def forward(self, chunks: list[Tensor], fetched: Tensor | None = None, **extras: Any) -> list[Any]:
         """Each chunk through the layer; `chunks` is emptied on the way, so that no chunk is held twice."""

@@ -43,8 +43,12 @@ def apply_stochastic_depth(layers: nn.ModuleList, rate: float) -> None:
 
 
 def residual_branches(layer: nn.Module) -> list[nn.Module]:
-    """The attention and the MLP of a Hugging Face layer."""
-    names = [name for name in ("attention", "self_attn", "mlp", "ffn") if hasattr(layer, name)]
+    """What gives a layer's two residual branches: the attention and the MLP in Hugging Face's.
+
+    timm's have a module in the place where they would drop a branch themselves: behind its norm, where that comes last.
+    """
+    timms, known = ("drop_path1", "drop_path2"), ("attention", "self_attn", "mlp", "ffn")
+    names = [name for name in (timms if hasattr(layer, timms[0]) else known) if hasattr(layer, name)]
     assert len(names) == 2, f"{type(layer).__name__} has no attention and MLP under a known name"
     return [getattr(layer, name) for name in names]
 
@@ -54,7 +58,7 @@ def init_weights(module: nn.Module, seed: int, name: str, layer_scale: float = 1
     """Initial weights of a transformer's part, as in the original; for (seed, name) the same in whatever order.
 
     Matrices xavier-uniform with zero bias, patch kernels by fan-in, norms 1 and 0, tables of positions and CLS tokens
-    normal with 0.02, layer scale (DINOv2) constant.
+    normal with 0.02, layer scale (DINOv2, EVA) constant.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -66,11 +70,11 @@ def init_weights(module: nn.Module, seed: int, name: str, layer_scale: float = 1
                 nn.init.xavier_uniform_(value, generator=generator)
             elif isinstance(part, nn.Conv2d) and key == "weight":
                 nn.init.trunc_normal_(value, std=math.sqrt(1 / value[0].numel()), generator=generator)
-            elif key == "weight" and (isinstance(part, nn.LayerNorm) or type(part).__name__.endswith("RMSNorm")):
+            elif key == "weight" and "norm" in type(part).__name__.lower():
                 nn.init.ones_(value)
-            elif key == "bias":
+            elif key in ("bias", "q_bias", "v_bias"):
                 nn.init.zeros_(value)
-            elif key == "lambda1":
+            elif key in ("lambda1", "gamma", "gamma_1", "gamma_2"):
                 nn.init.constant_(value, layer_scale)
             else:
                 nn.init.normal_(value, std=TABLE_STD, generator=generator)

@@ -58,50 +58,64 @@ class Published:
 
 
 CARD = "model card; not compared with its config.json"
-REGISTERS: dict[str, Any] = {"mlp_ratio": 4, "use_swiglu_ffn": True, "num_register_tokens": 4}
+HUB = "its config.json"
+OPEN_CLIP = "its open_clip_config.json"
+IJEPA = "transformers: convert_ijepa_to_hf.py"
+DINOV3_SCRIPT = "transformers: convert_dinov3_vit_to_hf.py"
+SWIGLU: dict[str, Any] = {"mlp_ratio": 4, "use_swiglu_ffn": True}
 DINOV3: dict[str, Any] = {"num_register_tokens": 4, "use_gated_mlp": True, "key_bias": False, "hidden_act": "silu"}
 
 PUBLISHED = {
     "google/vit-huge-patch14-224-in21k": Published(size(ViTConfig, 32, 1280, 16, 14, intermediate_size=5120), CARD),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": Published(
-        size(CLIPVisionConfig, 32, 1280, 16, 14, intermediate_size=5120), CARD
+        size(CLIPVisionConfig, 32, 1280, 16, 14, intermediate_size=5120), HUB
     ),
-    "laion/CLIP-ViT-g-14-laion2B-s34B-b88K": Published(
+    "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": Published(
         size(CLIPVisionConfig, 40, 1408, 16, 14, intermediate_size=6144), CARD
     ),
+    "laion/CLIP-ViT-g-14-laion2B-s34B-b88K": Published(
+        size(CLIPVisionConfig, 40, 1408, 16, 14, intermediate_size=6144), OPEN_CLIP
+    ),
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": Published(
-        size(CLIPVisionConfig, 48, 1664, 16, 14, intermediate_size=8192), CARD
+        size(CLIPVisionConfig, 48, 1664, 16, 14, intermediate_size=8192), OPEN_CLIP
     ),
     "Salesforce/blip2-opt-2.7b": Published(
-        size(Blip2VisionConfig, 39, 1408, 16, 14, intermediate_size=6144),
-        "transformers: Blip2VisionConfig (EVA-g)",
+        size(Blip2VisionConfig, 39, 1408, 16, 14, intermediate_size=6144), "transformers: Blip2VisionConfig (EVA-g)"
     ),
-    "facebook/ijepa_vith14_1k": Published(
-        size(IJepaConfig, 32, 1280, 16, 14, intermediate_size=5120), "transformers: convert_ijepa_to_hf.py"
-    ),
-    "facebook/ijepa_vitg16_22k": Published(
-        size(IJepaConfig, 40, 1408, 16, 16, intermediate_size=6144), "transformers: convert_ijepa_to_hf.py"
-    ),
-    "facebook/dinov2-giant": Published(
-        size(Dinov2Config, 40, 1536, 24, 14, image=518, mlp_ratio=4, use_swiglu_ffn=True),
-        CARD,
-    ),
+    "facebook/ijepa_vith14_1k": Published(size(IJepaConfig, 32, 1280, 16, 14, intermediate_size=5120), IJEPA),
+    "facebook/ijepa_vith14_22k": Published(size(IJepaConfig, 32, 1280, 16, 14, intermediate_size=5120), IJEPA),
+    "facebook/ijepa_vitg16_22k": Published(size(IJepaConfig, 40, 1408, 16, 16, intermediate_size=6144), IJEPA),
+    "facebook/dinov2-giant": Published(size(Dinov2Config, 40, 1536, 24, 14, image=518, **SWIGLU), HUB),
     "facebook/dinov2-with-registers-giant": Published(
-        size(Dinov2WithRegistersConfig, 40, 1536, 24, 14, image=518, **REGISTERS),
-        CARD,
+        size(Dinov2WithRegistersConfig, 40, 1536, 24, 14, image=518, num_register_tokens=4, **SWIGLU), CARD
+    ),
+    "facebook/webssl-dino1b-full2b-224": Published(
+        size(Dinov2Config, 40, 1536, 24, 14, **SWIGLU), "as dinov2-giant; not compared with its config.json"
     ),
     "facebook/dinov3-vith16plus-pretrain-lvd1689m": Published(
-        size(DINOv3ViTConfig, 32, 1280, 20, 16, intermediate_size=5120, **DINOV3),
-        "transformers: convert_dinov3_vit_to_hf.py",
+        size(DINOv3ViTConfig, 32, 1280, 20, 16, intermediate_size=5120, **DINOV3), DINOV3_SCRIPT
     ),
     "facebook/dinov3-vit7b16-pretrain-lvd1689m": Published(
         size(DINOv3ViTConfig, 40, 4096, 32, 16, intermediate_size=8192, query_bias=False, value_bias=False, **DINOV3),
-        "transformers: convert_dinov3_vit_to_hf.py",
+        DINOV3_SCRIPT,
     ),
     "google/siglip2-giant-opt-patch16-256": Published(
-        size(SiglipVisionConfig, 40, 1536, 16, 16, image=256, intermediate_size=6144),
-        CARD,
+        size(SiglipVisionConfig, 40, 1536, 16, 16, image=256, intermediate_size=6144), CARD
+    ),
+    "google/siglip2-giant-opt-patch16-384": Published(
+        size(SiglipVisionConfig, 40, 1536, 16, 16, image=384, intermediate_size=6144), CARD
     ),
     "facebook/vit-mae-huge": Published(size(ViTMAEConfig, 32, 1280, 16, 14, intermediate_size=5120), CARD),
     "apple/aimv2-huge-patch14-224": Published(size(Aimv2VisionConfig, 24, 1536, 12, 14, intermediate_size=4096), CARD),
+    "apple/aimv2-1B-patch14-224": Published(size(Aimv2VisionConfig, 24, 2048, 16, 14, intermediate_size=5632), HUB),
+    "apple/aimv2-3B-patch14-224": Published(size(Aimv2VisionConfig, 24, 3072, 24, 14, intermediate_size=8192), HUB),
 }
+
+TIMM = (
+    "timm/eva_giant_patch14_clip_224.merged2b",
+    "timm/eva02_large_patch14_448.mim_m38m_ft_in22k",
+    "timm/eva02_enormous_patch14_clip_224.laion2b_plus",
+    "timm/vit_base_r50_s16_224.orig_in21k",
+    "timm/vit_large_r50_s32_224.augreg_in21k",
+)
+"""Published for timm, whose own registry says what they are; the last two begin with a ResNet."""

@@ -19,9 +19,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
+    TimmWrapperModel,
     ViTConfig,
     ViTModel,
 )
+
+from bigvivit.model.timm_towers import MODEL_TYPE, complete, is_timm
 
 RGB = tuple[float, float, float]
 HALF: RGB = (0.5, 0.5, 0.5)
@@ -36,6 +39,7 @@ class Family:
     """Where the parts of a tower stand in a Hugging Face model, by their dotted names."""
 
     model: type[PreTrainedModel]
+    """Of a tower from timm, what opens it in transformers; `timm_towers.py` takes timm's own model apart."""
     embed: tuple[str, ...] = ("embeddings",)
     """Called one after the other on the pixels."""
     layers: str = "layers"
@@ -46,7 +50,7 @@ class Family:
     pooler: str | None = None
     mean: RGB
     std: RGB
-    """Normalisation the family was trained with; a preprocessor_config.json beside the weights comes first."""
+    """Normalisation the family was trained with; what the files beside the weights say comes first."""
     preprocessor_is_wrong: RGB | None = None
     """Mean, and deviation, that a conversion script wrote without asking the model."""
     rotary: str | None = None
@@ -152,12 +156,15 @@ FAMILIES = {
         resizes=False,
         settings={"use_head": False},
     ),
+    MODEL_TYPE: Family(model=TimmWrapperModel, norm="norm", vector="pooler", pooler="pooler", mean=HALF, std=HALF),
 }
 """By `model_type` of the configuration."""
 
 
 def adapt_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration that the family's model is built from."""
+    """The configuration that the family's model is built from. Raises ValueError for one of timm's that is no tower."""
+    if is_timm(config):
+        return complete(config)
     if config.model_type != "vit_mae":
         return config
     known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}

@@ -14,12 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch.utils._pytree import tree_map
+from transformers import AutoConfig, PretrainedConfig
 
 from bigvivit.model.blocks import apply_stochastic_depth
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.model.families import FAMILIES, HALF, RGB, Family, adapt_config, family_of
 from bigvivit.model.hub import find_folder
+from bigvivit.model.timm_towers import (
+    MODEL_TYPE,
+    PREFIX,
+    build_timm_model,
+    describe_architecture,
+    is_timm,
+    read_timm_config,
+    take_apart,
+    timm_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +78,9 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
     """
     if name in SIZES:
         return TowerSpec(name, SIZES[name], HALF, HALF)
+    if name.startswith(PREFIX) and random:
+        config = describe_architecture(name.removeprefix(PREFIX))
+        return TowerSpec(name, config, tuple(config.pretrained_cfg["mean"]), tuple(config.pretrained_cfg["std"]))
     if name in PUBLISHED and random:
         config = adapt_config(PUBLISHED[name].config)
         family = family_of(config)
@@ -78,7 +92,10 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
     if not (folder / "config.json").is_file():
         raise ValueError(f"tower {name} has no config.json: give a model in Hugging Face format")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        described = json.loads((folder / "config.json").read_text())
+        timms = "architecture" in described and described.get("model_type", MODEL_TYPE) == MODEL_TYPE
+        # Transformers would ask timm for the names of classes.
+        config = read_timm_config(described) if timms else AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever a damaged file leads to in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -92,25 +109,28 @@ def resolve_tower(name: str, *, random: bool = False) -> TowerSpec:
         )
     config.num_channels = 3  # a trained tower's folder says 3 per frame of its tubelets
     config = adapt_config(config)
-    mean, std = read_normalisation(folder, family_of(config))
+    mean, std = read_normalisation(folder, config)
     return TowerSpec(name, config, mean, std)
 
 
-def read_normalisation(folder: Path, family: Family) -> tuple[RGB, RGB]:
-    """Mean and standard deviation from the model's preprocessor_config.json, or its family's where it has none."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return family.mean, family.std
+def read_normalisation(folder: Path, config: PretrainedConfig) -> tuple[RGB, RGB]:
+    """Mean and standard deviation from the model's preprocessor_config.json, or its family's where it has none; timm
+    writes them into config.json."""
+    path, names, family = folder / "preprocessor_config.json", ("image_mean", "image_std"), family_of(config)
+    fix = "fetch it again"
     try:
-        values = json.loads(path.read_text())
-        mean, std = (values.get(key, own) for key, own in (("image_mean", family.mean), ("image_std", family.std)))
+        if path.is_file():
+            values = json.loads(path.read_text())
+            fix += ", or delete it to take those of the family"
+        elif is_timm(config):
+            path, names, values = folder / "config.json", ("mean", "std"), config.pretrained_cfg
+        else:
+            return family.mean, family.std
+        mean, std = (values.get(name, own) for name, own in zip(names, (family.mean, family.std), strict=True))
         if not all(len(rgb) == 3 and all(math.isfinite(value) for value in rgb) for rgb in (mean, std)) or 0 in std:
             raise ValueError(f"image_mean {mean}, image_std {std}")
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path} gives no mean and deviation of three colours ({error}): fetch it again, or delete it to take "
-            f"those of the family"
-        ) from None
+        raise ValueError(f"{path} gives no mean and deviation of three colours ({error}): {fix}") from None
     if family.preprocessor_is_wrong == tuple(mean) == tuple(std):
         log.info("tower %s: its preprocessor says %s, a default; it was trained with %s", folder, mean[0], family.mean)
         return family.mean, family.std
@@ -145,7 +165,9 @@ class Embed(nn.Module):
         extras = dict(self.family.layer_options)
         for rotary in self.rotary:
             tables = rotary(torch.empty(0, 3, *pixels.shape[-2:], dtype=dtype))
-            extras["position_embeddings"] = tuple(table.to(pixels.device) for table in tables)
+            if not isinstance(tables, dict):
+                tables = {"position_embeddings": tables}
+            extras |= tree_map(lambda table: table.to(pixels.device), tables)
         return hidden, extras
 
 
@@ -204,20 +226,31 @@ def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: fl
             f"and its family has no way of interpolating them; give --clip.size {spec.config.image_size}"
         )
     model = build_hf_model(spec, tubelet)
-    rotary = None
+    embed, layers, ends, rotary = take_apart(model) if is_timm(spec.config) else take_hf_apart(model, spec)
+    apply_stochastic_depth(layers, droplayer)
+    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
+
+
+def take_hf_apart(
+    model: nn.Module, spec: TowerSpec
+) -> tuple[dict[str, nn.Module], nn.ModuleList, dict[str, nn.Module], nn.Module | None]:
+    """(embed, layers, ends, rotary) of Hugging Face's model."""
+    family, rotary = spec.family, None
     if family.rotary is not None:
         with torch.device("cpu"):  # its frequencies are numbers, not weights
             rotary = type(model.get_submodule(family.rotary))(spec.config)
-    embed = Embed(spec, {name: model.get_submodule(name) for name in family.embed}, rotary)
+    embed = {name: model.get_submodule(name) for name in family.embed}
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
-    apply_stochastic_depth(layers, droplayer)
-    ends = [name for name in (family.norm, family.pooler) if name is not None]
-    return Tower(spec, embed, layers, Pool(spec, {name: model.get_submodule(name) for name in ends}))
+    ends = {name: model.get_submodule(name) for name in (family.norm, family.pooler) if name is not None}
+    return embed, layers, ends, rotary
 
 
-def build_hf_model(spec: TowerSpec, tubelet: int) -> PreTrainedModel:
-    """Hugging Face's own model over tubelets, on the meta device, attending through SDPA."""
+def build_hf_model(spec: TowerSpec, tubelet: int) -> Any:
+    """Hugging Face's own model over tubelets, or timm's, on the meta device, attending through SDPA."""
+    if is_timm(spec.config):
+        with torch.device("meta"):
+            return build_timm_model(spec.config, tubelet)
     settings = {**spec.config.to_dict(), **spec.family.settings, "num_channels": 3 * tubelet}
     config = type(spec.config).from_dict(settings, attn_implementation="sdpa")
     with torch.device("meta"):
@@ -234,7 +267,9 @@ def build_hf_model(spec: TowerSpec, tubelet: int) -> PreTrainedModel:
 
 
 def hf_name(spec: TowerSpec, piece: str, parameter: str) -> str:
-    """A parameter's name in Hugging Face's model, from the piece it is in and its name there."""
+    """A parameter's name in Hugging Face's model, or in timm's, from the piece it is in and its name there."""
+    if is_timm(spec.config):
+        return timm_name(piece, parameter)
     if piece.startswith("layers."):
         return f"{spec.family.layers}.{piece.removeprefix('layers.')}.{parameter}"
     return parameter

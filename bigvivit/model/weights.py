@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
@@ -169,13 +170,15 @@ def find_tensors(spec: TowerSpec, folder: Path, tubelet: int) -> dict[str, Store
     kernel = kernel_name(spec, tubelet)
     stored, shapes = {}, {}
     # transformers' own table of what checkpoints called these tensors over the years.
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     for file in weight_files(folder):
         for key, entry in read_index(file).items():
             full, pattern = key, None
-            if key not in wanted:
+            if not isinstance(model, PreTrainedModel):
+                full = key.removeprefix("timm_model.")  # as transformers keeps a model of timm's
+            elif key not in wanted:
                 full, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
             names = [full] if pattern is None else split_names(full, pattern, converters)
             if len(names) > 1 and (not entry.shape or entry.shape[0] % len(names)):
@@ -222,17 +225,23 @@ def split_names(full: str, pattern: str, converters: list[WeightConverter]) -> l
 
 
 def kernel_name(spec: TowerSpec, tubelet: int) -> str:
-    """Hugging Face's name of the patch kernel: the one convolution."""
+    """Hugging Face's name of the patch kernel: the one convolution. Empty for a hybrid, which has none to inflate."""
     model = build_hf_model(spec, tubelet)
-    (name,) = (name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
-    return f"{name}.weight"
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
+    assert len(names) == 1 or tubelet == 1
+    return f"{names[0]}.weight" if len(names) == 1 else ""
 
 
 def refill_buffers(piece: nn.Module) -> None:
-    """CLIP's position_ids lose their values with their storage on the meta device."""
-    for name, buffer in piece.named_buffers():
-        assert name.endswith("position_ids"), f"buffer {name} has no known value"
-        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+    """CLIP's position_ids, and buffers of timm's, lose their values with their storage on the meta device."""
+    for part in piece.modules():
+        restore = getattr(part, "init_non_persistent_buffers", None)  # timm's
+        if callable(restore):
+            restore()
+            continue
+        for name, buffer in part.named_buffers(recurse=False):
+            assert name == "position_ids", f"buffer {name} has no known value"
+            buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
 
 
 def write_piece(folder: Path, spec: TowerSpec, name: str, state: dict[str, Tensor]) -> None:

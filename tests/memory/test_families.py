@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import Sequential
+from transformers import TimmWrapperConfig
 
+from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.freeze import freeze
-from bigvivit.memory.plan import Stream
+from bigvivit.memory.plan import MemoryPlan, Stream
+from bigvivit.memory.quantize import CODES
 from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.families import FAMILIES
-from bigvivit.model.towers import resolve_tower
-from bigvivit.model.weights import open_weights
+from bigvivit.model.towers import build_tower, resolve_tower
+from bigvivit.model.weights import open_weights, random_weights
 from tests.memory.walk import Cell, losses
-from tests.model.reference import MODELS, draw_images, load, save
+from tests.model.reference import MODELS, TIMM_MODELS, draw_images, load, save
 
 
 def test_no_family_is_left_out(tmp_path: Path) -> None:
-    families = []
+    families: list[type] = []
     for name, build_model in MODELS.items():
         build_model().config.save_pretrained(tmp_path / name)
-        families.append(resolve_tower(str(tmp_path / name), random=True).family)
-    assert [name for name, family in FAMILIES.items() if family not in families] == []
+    for name, arguments in TIMM_MODELS.items():
+        TimmWrapperConfig(architecture=name, model_args=arguments).save_pretrained(tmp_path / name)
+    for folder in tmp_path.iterdir():
+        families.append(resolve_tower(str(folder), random=True).family.model)
+    assert [name for name, family in FAMILIES.items() if family.model not in families] == []
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 3), (2, 2), (4, 1)])
@@ -38,7 +47,37 @@ def test_a_streamed_tower_is_the_tower(name: str, group: int, chunk: int, tmp_pa
     torch.testing.assert_close(frozen(images), expected, rtol=1e-6, atol=1e-6)
 
 
-DIFFERENT = {"dinov3-swiglu", "siglip", "aimv2", "registers", "eva"}
+@pytest.mark.parametrize("name", ["eva_giant_patch14_224", "vit_tiny_r_s16_p8_224"])
+def test_a_tower_from_timm_in_every_form(name: str, tmp_path: Path) -> None:
+    """Its matrices become codes, its buffers come along, and where they live changes nothing."""
+    TimmWrapperConfig(architecture=name, model_args=TIMM_MODELS[name]).save_pretrained(tmp_path)
+    spec, size = resolve_tower(str(tmp_path), random=True), TIMM_MODELS[name]["img_size"]
+    images, fill = draw_images(5, 3, size), random_weights(spec, 0)
+
+    def build(**plan: Any) -> Any:
+        model = Sequential(OrderedDict(tower=build_tower(spec, tubelet=1, image_size=size, droplayer=0.0)))
+        plan = MemoryPlan(compute="fp32", **plan)
+        apply_plan(model, plan, frozen=True, fill=fill, device=torch.device("cpu"), scratch=tmp_path)
+        return model
+
+    exact = build(storage="fp32")(images)
+    for storage, least in (("bf16", 0.9999), ("int8", 0.999), ("nf4", 0.95)):
+        here = build(storage=storage, chunk=2)(images)
+        assert least <= torch.nn.functional.cosine_similarity(here, exact).min() < 1, storage
+        for placement in ("cpu", "disk"):
+            there = build(storage=storage, placement=placement, chunk=2)
+            assert torch.equal(there(images), here)
+            codes = [slot.name for slot in there.tower.layers[0].slots if slot.name.endswith(CODES)]
+            assert len(codes) == (0 if storage == "bf16" else 4)  # qkv, proj, fc1, fc2
+
+
+FROM_TIMM: dict[str, tuple[int, ...]] = {
+    "eva02_tiny_patch14_224": (1, 2),
+    "eva_giant_patch14_224": (2,),
+    "vit_tiny_r_s16_p8_224": (1, 2),
+}
+"""Of timm's, with the stages: rotary positions, buffers in layers, a ResNet before them."""
+DIFFERENT = {"dinov3-swiglu", "siglip", "aimv2", "registers", "eva", *FROM_TIMM}
 """Trained whole, in stage 1, under every engine; test_towers.py shows for all that each weight gets a gradient."""
 
 
@@ -50,6 +89,10 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
         build().config.save_pretrained(folder / name)
         stages = (1, 2) if name in DIFFERENT else (2,)
         found += [{"stage": stage, "tower": str(folder / name), "image": 32} for stage in stages]
+    for name, stages in FROM_TIMM.items():
+        TimmWrapperConfig(architecture=name, model_args=TIMM_MODELS[name]).save_pretrained(folder / name)
+        size, tubelet = TIMM_MODELS[name]["img_size"], 1 if "_r_" in name else 2
+        found += [{"stage": n, "tower": str(folder / name), "image": size, "tubelet": tubelet} for n in stages]
     return found
 
 

@@ -1,4 +1,7 @@
-"""How often a sharded tower is gathered: once per layer and step, into however many chunks the clip is cut."""
+"""How often a sharded tower is gathered: once per layer and step, into however many chunks the clip is cut.
+
+And that no rank ever has it whole: neither while it is loaded, nor afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from types import SimpleNamespace
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ModelConfig, OptimConfig
 from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.measure import count_cpu_allocations
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.ranks import start_process_group
@@ -38,7 +42,9 @@ for chunk in ("all", 4, 1):
     model = assemble.build_model(source, model_config, clip, classes=3, adapter=True, seed=0)
     plan = MemoryPlan(storage="fp32", compute="fp32", group="all", chunk=chunk)
     sharder = build_sharder(ds, fsdp=fsdp, device=device)
-    apply_plan(model, plan, frozen=True, fill=source.fill, device=device, sharder=sharder)
+    pieces = [sum(4 * p.numel() for p in piece.parameters()) for _, piece in model.tower.pieces()]
+    with count_cpu_allocations() as loading:
+        apply_plan(model, plan, frozen=True, fill=source.fill, device=device, sharder=sharder)
     optimizer = build_optimizer(model, optim)
     scheduler = build_scheduler(optimizer, optim, 10)
     engine = build_engine(model, optimizer, scheduler, optim, ds=ds, fsdp=fsdp, world=2, device=device)
@@ -49,7 +55,8 @@ for chunk in ("all", 4, 1):
     names = [event.name for event in profile.events()]
     counts[chunk] = sum(name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names)
 if os.environ["RANK"] == "0":
-    print("RESULT" + json.dumps([list(counts.values()), list(losses.values())]))
+    memory = [sum(pieces), max(pieces), loading.peak_bytes, loading.left_bytes]
+    print("RESULT" + json.dumps([list(counts.values()), list(losses.values()), memory]))
 torch.distributed.barrier()
 os._exit(0)
 """
@@ -77,7 +84,11 @@ def test_gathers_do_not_grow_with_the_number_of_chunks(engine: str, tmp_path: Pa
     outputs = [process.communicate(timeout=240) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     (line,) = (line for line in outputs[0][0].splitlines() if line.startswith("RESULT"))
-    counts, losses = json.loads(line.removeprefix("RESULT"))
+    counts, losses, (tower, layer, peak, left) = json.loads(line.removeprefix("RESULT"))
     assert counts[0] >= 6  # embed, four layers, pool
     assert counts[1] == counts[2] == counts[0]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    # By the allocator's own count: half of the tower, beside it one layer while that is filled, and small change.
+    print(f"{engine}: {tower=} {layer=} {peak=} {left=}")
+    assert left == pytest.approx(tower / 2, rel=0.25)
+    assert tower / 2 < peak < tower / 2 + 1.5 * layer < tower

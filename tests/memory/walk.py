@@ -18,8 +18,8 @@ from bigvivit.memory.plan import MemoryPlan
 from tests.launching import ROOT, environment, free_port
 
 Cell = dict[str, Any]
-"""`stage`, and if they differ from the defaults below `optimizer`, `plan`, `tower`, `image` and `zero`, what is to be
-added to DeepSpeed's block `zero_optimization`."""
+"""`stage`, and if they differ from the defaults below `optimizer`, `plan`, `tower`, `tubelet`, `image` and `zero`, what
+is to be added to DeepSpeed's block `zero_optimization`."""
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "fsdp")
 STEPS = 5
 """The head starts at zero: in the first nothing below it learns."""
@@ -106,7 +106,11 @@ def configure(engine: str, cell: Cell, scratch: Path, world: int) -> tuple[Train
         clip=ClipConfig(frames=8, size=image, resize=image),
         data=DataConfig(train=scratch / "train.csv"),
         model=ModelConfig(
-            tower=cell.get("tower", "vit-demo"), tower_init="random", tubelet=2, temporal_depth=2, droplayer=0.5
+            tower=cell.get("tower", "vit-demo"),
+            tower_init="random",
+            tubelet=cell.get("tubelet", 2),
+            temporal_depth=2,
+            droplayer=0.5,
         ),
         optim=OptimConfig(name=cell.get("optimizer", "sgd"), lr=0.05, batch_size=2 * world, warmup_epochs=0),
         memory=MemoryPlan(**plan),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ MODELS = {
     "aimv2": lambda: Aimv2VisionModel(Aimv2VisionConfig(**SMALL, intermediate_size=48, use_head=False)),
 }  # fmt: skip
 """A model of every family, and of each kind of MLP."""
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+TIMM_MODELS: dict[str, dict[str, Any]] = {
+    "eva_giant_patch14_224": {**TINY, "mlp_ratio": 2},
+    "eva02_tiny_patch14_224": TINY,
+    "eva02_large_patch14_clip_224": TINY,
+    "eva02_enormous_patch14_clip_224": TINY,
+    "vit_base_patch16_224": TINY,
+    "vit_giant_patch14_reg4_dinov2": {**TINY, "mlp_ratio": 2},
+    "vit_tiny_r_s16_p8_224": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4},
+}
+"""Architectures of timm, and what makes small ones of them: positions that are added, and rotary ones; one matrix for
+queries, keys and values, and three; CLS and mean; norms before and behind; registers; the last begins with a ResNet."""
 FIXED_SIZE = {"aimv2"}
 """Families whose Hugging Face code takes images of one size only."""
 

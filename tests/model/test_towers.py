@@ -139,6 +139,20 @@ def test_every_weight_of_a_tower_gets_a_gradient(name: str, tmp_path: Path) -> N
     assert [key for key, parameter in tower.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dropped_branch_adds_nothing(name: str, tmp_path: Path) -> None:
+    """The deepest layer drops both of its branches at the full rate."""
+    save(MODELS[name](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = build_tower(spec, tubelet=1, image_size=32, droplayer=1.0)
+    for piece, module in tower.pieces():
+        module.to_empty(device="cpu")
+        open_weights(spec, tmp_path, 1)(piece, module)
+    hidden, extras = tower.train().embed(draw_images(2, 3, 32))
+    assert torch.equal(tower.layers[-1](hidden, **extras), hidden)
+    assert not torch.allclose(tower.layers[-1].eval()(hidden, **extras), hidden)
+
+
 def test_a_preprocessor_that_a_script_left_at_its_default(tmp_path: Path) -> None:
     save(MODELS["ijepa"](), tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
@@ -156,6 +170,7 @@ def test_a_preprocessor_that_a_script_left_at_its_default(tmp_path: Path) -> Non
         ("facebook/dinov3-vith16plus-pretrain-lvd1689m", 0.84),
         ("facebook/dinov3-vit7b16-pretrain-lvd1689m", 6.72),
         ("google/siglip2-giant-opt-patch16-256", 1.16),
+        ("apple/aimv2-1B-patch14-224", 1.23),
     ],
 )
 def test_published_towers_have_the_size_their_makers_say(name: str, billions: float) -> None:

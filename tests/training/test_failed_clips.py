@@ -74,5 +74,5 @@ def test_training_stops_on_all_ranks_with_one_message(launcher: str, broken: Pat
     done = start(launcher, *arguments)
     assert done.returncode != 0
     assert done.stderr.count("error: 2 of 32 clips cannot be read, more than the share of data.max_failed=0.05") == 1
-    assert "bigvivit/training/failures.py" not in done.stderr  # no traceback of ours; torchrun prints its own
+    assert "bigvivit/training/failed_clips.py" not in done.stderr  # no traceback of ours; torchrun prints its own
     assert not (tmp_path / "run" / "checkpoint.json").exists()
