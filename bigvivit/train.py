@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -155,7 +155,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
     from bigvivit.memory.freeze import count_parameters, describe_frozen
-    from bigvivit.memory.measure import measure_peak_over_ranks
+    from bigvivit.memory.measure import greatest, measure_peaks
     from bigvivit.memory.parallel import build_engine, build_sharder
     from bigvivit.model.towers import Tower
     from bigvivit.saving import Saver
@@ -271,7 +271,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         if result.steps < steps:
             log.info("stopped after step %d of %d, as asked: --resume goes on", result.steps, steps)
             return False
-        peak = measure_peak_over_ranks(device)
+        peaks = measure_peaks(device)
+        peak = greatest(peaks)
         summary = {
             "stage": config.stage,
             "frames": config.clip.frames,
@@ -281,6 +282,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             "seconds_per_step": result.seconds_per_step,
             "peak_bytes": peak.peak_bytes,
             "peak_measured_by": peak.how,
+            "memory": [asdict(rank_peak) for rank_peak in peaks],
             "loss": result.loss,
             **failures.summary(),
         }
