@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -124,6 +125,8 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     import torch.distributed as dist
 
     from bigvivit import assemble
+    from bigvivit.memory.out_of_memory import is_out_of_memory, measure_shortage
+    from bigvivit.out_of_memory import write_page
     from bigvivit.training.rank_failure import tell_failure
 
     logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")
@@ -133,9 +136,13 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     try:
         finished = build_and_train(job, device, board, stop)
     except (Exception, KeyboardInterrupt) as error:
-        if job.world == 1:
+        page = partial(write_page, job, measure_shortage(error, device), device) if is_out_of_memory(error) else None
+        if job.world == 1 and page is None:
             raise
-        code = tell_failure(error, board, job.rank)
+        if job.world == 1 and page is not None:
+            print(f"error: {page()}", file=sys.stderr)
+            sys.exit(1)
+        code = tell_failure(error, board, job.rank, page)
         sys.stdout.flush()
         # Not sys.exit: taking down a process group whose members are gone can wait for them.
         os._exit(code)

@@ -5,12 +5,13 @@
 | peak of this process, by each counter there is | `measure_peak` |
 | the same of every rank | `measure_peaks`; `greatest` of them |
 | what could still be had | `measure_free` |
-| what counts towards a limit on data | `measure_data` |
+| what counts towards a limit on data | `measure_data`, `measure_limit`; how much of it is free, `measure_holes` |
 | exactly what PyTorch's CPU allocator handed out in a piece of code | `count_cpu_allocations` |
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,13 +83,18 @@ def measure_peaks(device: torch.device) -> list[Peak]:
     values = torch.tensor([-1 if value is None else value for value in astuple(own)], device=device)
     everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
-    return [Peak(*(None if value < 0 else value for value in rank.tolist())) for rank in everyone]
+    return [build_peak([None if value < 0 else value for value in rank.tolist()]) for rank in everyone]
+
+
+def build_peak(counters: list[Any]) -> Peak:
+    """From the counters in the order of the fields."""
+    return Peak(*counters)
 
 
 def greatest(peaks: Iterable[Peak]) -> Peak:
     """The maximum over ranks, of each counter by itself."""
     counters = zip(*(astuple(peak) for peak in peaks), strict=True)
-    return Peak(*(max((value for value in counter if value is not None), default=None) for counter in counters))
+    return build_peak([max((value for value in counter if value is not None), default=None) for counter in counters])
 
 
 def measure_free(device: torch.device) -> int:
@@ -98,10 +105,43 @@ def measure_free(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     status = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(status["MemAvailable"].split()[0]) * 1024
+    limit = measure_limit()
+    return free if limit is None else min(free, max(limit - measure_data(), 0))
+
+
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def measure_holes() -> int:
+    """Bytes that were freed and that glibc's malloc keeps in its heaps: the process's, and nobody's. 0 elsewhere."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = MallocInfo
+    return int(mallinfo().fordblks)
+
+
+def measure_limit() -> int | None:
+    """Bytes that RLIMIT_DATA lets this process have; None where it sets no limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit != resource.RLIM_INFINITY:
-        free = min(free, max(limit - measure_data(), 0))
-    return free
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def measure_data() -> int:

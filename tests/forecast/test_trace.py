@@ -27,6 +27,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "chunk-major": {"stage": 2, "plan": {**FP32, "group": 2}},
     "cpu": {"stage": 2, "plan": {**FP32, "placement": "cpu"}, "optimizer": "adamw"},
     "disk": {"stage": 2, "plan": {**FP32, "placement": "disk"}},
+    "accumulate": {"stage": 2, "plan": FP32, "accumulate": 3},
     "nf4": {"stage": 2, "plan": {**FP32, "storage": "nf4"}},
     # Larger images: of small ones the peak is in a convolution's backward, in scratch that only its kernel knows of.
     "stage 1": {"stage": 1, "size": 224},
