@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -210,6 +211,8 @@ def ask_for_advice(trial: Trial, *, room_bytes: int, cuda: bool) -> list[str]:
 
 def main() -> None:
     """For the process that ran out of memory."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # the limit is the training's; imports alone may be near it
     given = json.loads(sys.argv[1])
     trial, room, cuda = Trial.from_json(json.dumps(given["trial"])), given["room_bytes"], given["cuda"]
     with redirect_stdout(sys.stderr):  # where libraries' warnings belong
