@@ -22,15 +22,16 @@ import torch.distributed as dist
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
 from bigvivit.forecast.fake import fake_ranks
+from bigvivit.forecast.sharding import TowerSize, size_tower
 from bigvivit.forecast.trace import STEPS, Trace, repeat_batch, trace_steps
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.memory.quantize import is_quantized
+from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.ranks import start_process_group
-from bigvivit.model.towers import resolve_tower
+from bigvivit.model.towers import build_tower, resolve_tower
 from bigvivit.training.optim import build_optimizer, build_scheduler
 from bigvivit.training.step import LabelledClips, train_step
 
@@ -171,6 +172,16 @@ def open_source(trial: Trial, model: ModelConfig, *, fake: bool) -> assemble.Tow
     if trial.layers is not None:
         source = replace(source, spec=replace(source.spec, config=shorten(source.spec.config, trial.layers)))
     return source
+
+
+def size_trial(trial: Trial) -> TowerSize:
+    """What sharding the trial's tower depends on, of the tower built without weights."""
+    model = ModelConfig(tower=trial.tower, tower_init="random", tubelet=trial.tubelet)
+    spec = open_source(trial, model, fake=True).spec
+    tower = build_tower(spec, tubelet=trial.tubelet, image_size=trial.size, droplayer=0.0)
+    pixels = torch.empty(1, 3 * trial.tubelet, trial.size, trial.size, dtype=torch.uint8, device="meta")
+    units = [tower.embed, *tower.layers, tower.pool]
+    return size_tower(tower, units, pixels, value_dtype(trial.plan.storage).itemsize)
 
 
 def fill_nothing(name: str, piece: torch.nn.Module) -> None:
