@@ -1,7 +1,7 @@
 """Which settings make a training step fit: the levers of a trial, tried on fake tensors, as words for a command line.
 
-`python -m bigvivit.advice '{"trial": …, "room_bytes": …, "cuda": false}'` prints what a step needs and what would fit;
-a process of its own, because the one that asks has just run out of memory.
+`python -m bigvivit.advice '{"trial": …, "room": …}'` prints it: a process of its own, because the one that asks has
+just run out of memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
 from typing import Any
 
 from bigvivit.config import ConfigError
@@ -23,8 +24,9 @@ from bigvivit.trial import Trial, trace_trial
 from bigvivit.units import format_bytes
 
 WANTED = 3
-STEPS = 2
-"""Optimizer states are there from the first step on, and DistributedDataParallel's last buckets in the second."""
+STEPS, ZERO_STEPS = 2, 3
+"""Optimizer states are there from the first step on, DistributedDataParallel's last buckets in the second; ZeRO-3 knows
+the order of its fetches in the third."""
 SEEN: dict[Changes, str] = {
     "nothing": "the same numbers",
     "rounding": "rounds what is stored: look at the accuracy",
@@ -190,9 +192,19 @@ def suggest(trial: Trial, forecast: Callable[[Trial], Forecast], flags: dict[str
         yield f"     {format_bytes(suggestion.peak_bytes)} at the peak; {SEEN[suggestion.changes]}"
 
 
-def ask_for_advice(trial: Trial, *, room_bytes: int, cuda: bool) -> list[str]:
+@dataclass(frozen=True)
+class Room:
+    """What tensors may take, and how that is judged: on the host byte by byte, on a card by PyTorch's allocator."""
+
+    room_bytes: int
+    cuda: bool
+    hardware: str | None = None
+    """A card of the table, in its worst case; without it the room is what was measured."""
+
+
+def ask_for_advice(trial: Trial, room: Room) -> list[str]:
     """The lines that a process of its own prints; one line that says why where it cannot."""
-    text = json.dumps({"trial": json.loads(trial.to_json()), "room_bytes": room_bytes, "cuda": cuda})
+    text = json.dumps({"trial": json.loads(trial.to_json()), "room": asdict(room)})
     # Its ranks are made up and its tensors fake: it must not take this run's place, nor the device's memory.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
@@ -214,42 +226,53 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # the limit is the training's; imports alone may be near it
     given = json.loads(sys.argv[1])
-    trial, room, cuda = Trial.from_json(json.dumps(given["trial"])), given["room_bytes"], given["cuda"]
+    trial, room = Trial.from_json(json.dumps(given["trial"])), Room(**given["room"])
     with redirect_stdout(sys.stderr):  # where libraries' warnings belong
-        lines = list(explain(trial, room, cuda=cuda))
-    print("\n".join(lines))
-    sys.stdout.flush()
-    os._exit(0)  # DeepSpeed's engines on fake tensors do not end well
+        lines = list(explain(trial, room))
+    print("\n".join(lines), flush=True)
 
 
-def explain(trial: Trial, room_bytes: int, *, cuda: bool) -> Iterator[str]:
-    """What the step needs, of what it is made, and what would fit."""
-    from bigvivit.forecast.composition import describe_peak
-
-    def forecast(setting: Trial) -> Forecast:
-        return fit(setting, room_bytes, cuda=cuda)[1]
-
-    trace, own = fit(trial, room_bytes, cuda=cuda)
-    need, room = format_bytes(own.peak_bytes), format_bytes(room_bytes)
-    yield f"forecast, by a trace of the same step: it needs {need} of tensors where there is room for {room}"
-    yield from describe_peak(trace)
-    yield from suggest(trial, forecast, TRAIN, host=cuda)
+def explain(trial: Trial, room: Room) -> Iterator[str]:
+    """What would fit; for a run that failed first what its step needs, and of what that is made."""
+    if room.hardware is not None:
+        yield from suggest(trial, lambda setting: fit(setting, room)[0], PLAN, host=True)
+        return
+    own, composition = fit(trial, room)
+    need, there = format_bytes(own.peak_bytes), format_bytes(room.room_bytes)
+    yield f"forecast, by a trace of the same step: it needs {need} of tensors where there is room for {there}"
+    yield from composition
+    yield from suggest(trial, lambda setting: fit(setting, room)[0], TRAIN, host=room.cuda)
 
 
-def fit(trial: Trial, room_bytes: int, *, cuda: bool) -> tuple[Any, Forecast]:
-    """The trace of a trial, and whether it stays within the room."""
+def fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
+    """Whether a trial stays within the room, and what its peak is made of."""
+    if trial.ds is None:
+        return trace_and_fit(trial, room)
+    from bigvivit.memory import zero  # noqa: F401 (once, and not in each fork)
+
+    with get_context("fork").Pool(1) as pool:  # DeepSpeed's engine runs on fake tensors once in a process
+        found: tuple[Forecast, list[str]] = pool.apply(trace_and_fit, (trial, room))
+        return found
+
+
+def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
+    """`fit` in this process."""
     from bigvivit.forecast.alloc_conf import AllocatorSettings
     from bigvivit.forecast.allocator import Allocator
-    from bigvivit.forecast.card import allocator_events
+    from bigvivit.forecast.card import allocator_events, judge
+    from bigvivit.forecast.composition import describe_peak
     from bigvivit.forecast.simulate import simulate
+    from bigvivit.plan import find_hardware
 
-    steps = STEPS if trial.ds is None else 3
-    trace = trace_trial(trial, free_bytes=room_bytes, host=cuda, foreach=cuda, steps=steps)
-    peak = max(trace.peak_bytes(), trace.building_peak_bytes())
-    if not cuda:
-        return trace, Forecast(peak, peak <= room_bytes)
-    allocator = Allocator(AllocatorSettings(), capacity_bytes=room_bytes)
-    return trace, Forecast(peak, simulate(list(allocator_events(trace)), allocator).out_of_memory is None)
+    steps = STEPS if trial.ds is None else ZERO_STEPS
+    trace = trace_trial(trial, free_bytes=room.room_bytes, host=room.cuda, foreach=room.cuda, steps=steps)
+    peak, composition = max(trace.peak_bytes(), trace.building_peak_bytes()), list(describe_peak(trace))
+    if room.hardware is not None:
+        return Forecast(peak, judge(trace, find_hardware(room.hardware), ranks=trial.world).fits[0]), composition
+    if not room.cuda:
+        return Forecast(peak, peak <= room.room_bytes), composition
+    run = simulate(list(allocator_events(trace)), Allocator(AllocatorSettings(), capacity_bytes=room.room_bytes))
+    return Forecast(peak, run.out_of_memory is None), composition
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigvivit.advice import ask_for_advice
+from bigvivit.advice import Room, ask_for_advice
 from bigvivit.memory.apply import autocast_dtype, compute_dtype
 from bigvivit.memory.freeze import dtype_name
 from bigvivit.memory.out_of_memory import Shortage
@@ -26,7 +26,7 @@ def write_page(job: Job, shortage: Shortage, device: torch.device) -> str:
         *(f"  {line}" for line in describe_shortage(shortage, device)),
     ]
     trial = describe_step(job, device)
-    lines += ask_for_advice(trial, room_bytes=shortage.usable_bytes, cuda=device.type == "cuda")
+    lines += ask_for_advice(trial, Room(shortage.usable_bytes, cuda=device.type == "cuda"))
     return "\n".join(lines)
 
 

@@ -130,7 +130,9 @@ def plan(config: PlanConfig) -> None:
         if trial.stage == 2:
             print("\n".join(compare_sharding(trial, card)))
     if not verdict.fits[1]:
-        print("\n".join(suggest_settings(trial, card, there)), flush=True)
+        from bigvivit.advice import Room, ask_for_advice
+
+        print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
     if config.timeline is not None:
         print(f"wrote {config.timeline}")
 
@@ -179,21 +181,6 @@ def print_composition(verdict: Verdict) -> None:
     print("outside of the trace:")
     for line in verdict.overhead.explain():
         print(f"  {line}")
-
-
-def suggest_settings(trial: Trial, card: Accelerator, room_bytes: int) -> list[str]:
-    """What would fit even with the least capacity that the card may have."""
-    from bigvivit.advice import PLAN, suggest
-    from bigvivit.forecast.advisor import Forecast
-    from bigvivit.forecast.card import judge
-    from bigvivit.trial import trace_trial
-
-    def forecast(setting: Trial) -> Forecast:
-        trace = trace_trial(setting, free_bytes=room_bytes, host=True, foreach=True)
-        return Forecast(trace.peak_bytes(), judge(trace, card, ranks=setting.world).fits[0])
-
-    with redirect_stdout(sys.stderr):
-        return list(suggest(trial, forecast, PLAN, host=True))
 
 
 def compare_sharding(trial: Trial, card: Accelerator) -> list[str]:
