@@ -7,21 +7,21 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from bigvivit.config import ClipConfig, ConfigError, OptimConfig, check_frames, check_memory
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.units import format_bytes, parse_bytes
+from bigvivit.units import DType, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from bigvivit.forecast.card import Verdict
-    from bigvivit.forecast.trace import Part
     from bigvivit.trial import Trial
 
-BAR, LARGEST = 40, 8
+RANKS = 8
+"""Over which sharding is compared where the plan has one rank only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class PlanConfig:
     """Layers of the temporal transformer."""
     classes: int = 400
     """Of the head."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """8-bit optimizers do not run on fake tensors yet."""
+    optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    """The last two are bitsandbytes'."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     ds: Path | None = None
     """DeepSpeed configuration: ZeRO 1 to 3."""
@@ -127,6 +127,12 @@ def plan(config: PlanConfig) -> None:
     print_verdict(trial, card, verdict)
     if config.explain:
         print_composition(verdict)
+        if trial.stage == 2:
+            print("\n".join(compare_sharding(trial, card)))
+    if not verdict.fits[1]:
+        from bigvivit.advice import Room, ask_for_advice
+
+        print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
     if config.timeline is not None:
         print(f"wrote {config.timeline}")
 
@@ -167,22 +173,33 @@ def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
 
 
 def print_composition(verdict: Verdict) -> None:
-    """Bars by cause, the largest tensors, and what the range of capacity is made of."""
-    from rich.console import Console
+    """What the peak is made of, and what the range of capacity is made of."""
+    from bigvivit.forecast.composition import describe_peak
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    causes = verdict.trace.composition()
-    most = max(causes.values(), default=1)
-    console.print("at the peak:")
-    for cause, size in causes.items():
-        console.print(f"  {cause:<16} {format_bytes(size):>9}  {'█' * max(1, round(size / most * BAR))}")
-    console.print("largest tensors:")
-    alike: dict[tuple[str, ...], list[Part]] = {}
-    for part in verdict.trace.at_peak():
-        alike.setdefault((part.cause, part.dtype, "x".join(map(str, part.shape))), []).append(part)
-    for (cause, dtype, shape), parts in list(alike.items())[:LARGEST]:
-        count = f"{len(parts)} x " if len(parts) > 1 else ""
-        console.print(f"  {count}{format_bytes(parts[0].nbytes)}  {cause}, {dtype} {shape}: {parts[0].module or '-'}")
-    console.print("outside of the trace:")
+    for line in describe_peak(verdict.trace):
+        print(line)
+    print("outside of the trace:")
     for line in verdict.overhead.explain():
-        console.print(f"  {line}")
+        print(f"  {line}")
+
+
+def compare_sharding(trial: Trial, card: Accelerator) -> list[str]:
+    """Whether ZeRO-3 or FSDP2 would be worth it for the frozen tower; over eight ranks where there is one."""
+    from bigvivit.forecast.sharding import explain_sharding
+    from bigvivit.memory.apply import is_packed
+    from bigvivit.trial import size_trial
+
+    if is_packed(trial.plan):
+        return ["the frozen tower is not sharded where its storage or placement is ours: each rank keeps its own"]
+    tubelets, group = trial.clips * trial.frames // trial.tubelet, trial.plan.group
+    return list(
+        explain_sharding(
+            size_trial(trial),
+            card,
+            ranks=trial.world if trial.world > 1 else RANKS,
+            tubelets=tubelets,
+            groups=-(-tubelets // group) if isinstance(group, int) else 1,
+            frames=trial.tubelet,
+            compute=cast(DType, trial.plan.compute),
+        )
+    )

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -132,6 +133,8 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     import torch.distributed as dist
 
     from bigvivit import assemble
+    from bigvivit.memory.out_of_memory import is_out_of_memory, measure_shortage
+    from bigvivit.out_of_memory import write_page
     from bigvivit.training.rank_failure import tell_failure
 
     logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")
@@ -142,9 +145,13 @@ def run_stage(job: Job, stop: StopSignal) -> None:
         with explain_full_disk(job.config.out, "a file of this run"):  # where nobody names it closer
             finished = build_and_train(job, device, board, stop)
     except (Exception, KeyboardInterrupt) as error:
-        if job.world == 1:
+        page = partial(write_page, job, measure_shortage(error, device), device) if is_out_of_memory(error) else None
+        if job.world == 1 and page is None:
             raise
-        code = tell_failure(error, board, job.rank)
+        if job.world == 1 and page is not None:
+            print(f"error: {page()}", file=sys.stderr)
+            sys.exit(1)
+        code = tell_failure(error, board, job.rank, page)
         sys.stdout.flush()
         # Not sys.exit: taking down a process group whose members are gone can wait for them.
         os._exit(code)
@@ -164,7 +171,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
     from bigvivit.memory.freeze import count_parameters, describe_frozen
-    from bigvivit.memory.measure import measure_peak_over_ranks
+    from bigvivit.memory.measure import greatest, measure_peaks
     from bigvivit.memory.parallel import build_engine, build_sharder
     from bigvivit.model.towers import Tower
     from bigvivit.saving import Saver
@@ -282,7 +289,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         if result.steps < steps:
             log.info("stopped after step %d of %d, as asked: --resume goes on", result.steps, steps)
             return False
-        peak = measure_peak_over_ranks(device)
+        peaks = measure_peaks(device)
+        peak = greatest(peaks)
         summary = {
             "stage": config.stage,
             "frames": config.clip.frames,
@@ -292,6 +300,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             "seconds_per_step": result.seconds_per_step,
             "peak_bytes": peak.peak_bytes,
             "peak_measured_by": peak.how,
+            "memory": [asdict(rank_peak) for rank_peak in peaks],
             "loss": result.loss,
             **failures.summary(),
         }

@@ -22,15 +22,16 @@ import torch.distributed as dist
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
 from bigvivit.forecast.fake import fake_ranks
-from bigvivit.forecast.trace import STEPS, Trace, trace_steps
+from bigvivit.forecast.sharding import TowerSize, size_tower
+from bigvivit.forecast.trace import STEPS, Trace, repeat_batch, trace_steps
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.memory.quantize import is_quantized
+from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.ranks import start_process_group
-from bigvivit.model.towers import resolve_tower
+from bigvivit.model.towers import build_tower, resolve_tower
 from bigvivit.training.optim import build_optimizer, build_scheduler
 from bigvivit.training.step import LabelledClips, train_step
 
@@ -51,6 +52,8 @@ class Trial:
     droplayer: float = 0.0
     clips: int = 1
     """Clips of a rank's micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
     classes: int = CLASSES
     layers: int | None = None
     """Use so many of the tower's layers only."""
@@ -93,7 +96,10 @@ def build_trial(
         droplayer=trial.droplayer,
     )
     clip = ClipConfig(frames=trial.frames, size=trial.size, resize=trial.size)
-    optim = OptimConfig(name=trial.optimizer, batch_size=trial.clips * trial.world, epochs=1, warmup_epochs=0)
+    batch_size = trial.clips * trial.world * trial.accumulate
+    optim = OptimConfig(
+        name=trial.optimizer, batch_size=batch_size, accumulate=trial.accumulate, epochs=1, warmup_epochs=0
+    )
     source = open_source(trial, model_config, fake=fake)
     model = assemble.build_model(source, model_config, clip, classes=trial.classes, adapter=trial.stage == 2, seed=0)
     sharder = build_sharder(trial.ds, fsdp=trial.fsdp, device=device)
@@ -113,7 +119,9 @@ def build_trial(
     return engine, batch
 
 
-def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False) -> Trace:
+def trace_trial(
+    trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False, steps: int = STEPS
+) -> Trace:
     """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
 
     `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
@@ -132,7 +140,7 @@ def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: b
         return engine, batch
 
     with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
-        return trace_steps(build, host=host)
+        return trace_steps(build, host=host, steps=steps, accumulate=trial.accumulate)
 
 
 @contextmanager
@@ -166,6 +174,16 @@ def open_source(trial: Trial, model: ModelConfig, *, fake: bool) -> assemble.Tow
     return source
 
 
+def size_trial(trial: Trial) -> TowerSize:
+    """What sharding the trial's tower depends on, of the tower built without weights."""
+    model = ModelConfig(tower=trial.tower, tower_init="random", tubelet=trial.tubelet)
+    spec = open_source(trial, model, fake=True).spec
+    tower = build_tower(spec, tubelet=trial.tubelet, image_size=trial.size, droplayer=0.0)
+    pixels = torch.empty(1, 3 * trial.tubelet, trial.size, trial.size, dtype=torch.uint8, device="meta")
+    units = [tower.embed, *tower.layers, tower.pool]
+    return size_tower(tower, units, pixels, value_dtype(trial.plan.storage).itemsize)
+
+
 def fill_nothing(name: str, piece: torch.nn.Module) -> None:
     """For fake tensors."""
 
@@ -180,19 +198,21 @@ def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     device = torch.device("cpu")
     with count_cpu_allocations() as building:
         engine, batch = build_trial(trial, device)
+        batches = repeat_batch(batch, trial.accumulate)
     with count_cpu_allocations() as training:
         for _ in range(steps):
-            train_step(engine, [batch])
+            train_step(engine, batches)
     return building.left_bytes + training.peak_bytes
 
 
 def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float]:
     """Real steps without the allocator's count, which itself takes memory: what the process came to."""
     engine, batch = build_trial(trial, device)
+    batches = repeat_batch(batch, trial.accumulate)
     seconds, loss = [], float("nan")
     for _ in range(steps):
         start = time.perf_counter()
-        loss = float(train_step(engine, [batch]).loss)
+        loss = float(train_step(engine, batches).loss)
         seconds.append(time.perf_counter() - start)
     return {
         "seconds_per_step": statistics.median(seconds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,13 +19,27 @@ def plan(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_says_whether_it_fits_and_why(tmp_path: Path) -> None:
     page = tmp_path / "line.html"
-    done = plan("--tower", "vit-h", "--frames", "32", "--hardware", "24GiB", "--explain", "--timeline", str(page))
+    done = plan("--tower", "vit-h", "--frames", "32", "--hardware", "RTX 3090", "--explain", "--timeline", str(page))
     assert done.returncode == 0, done.stderr
     assert "fits (forecast)" in done.stdout
-    for word in ("tower", "gradients", "optimizer state", "largest tensors", "loaded kernels"):
+    for word in ("tower", "gradients", "optimizer state", "largest tensors", "loaded kernels", "break-even"):
         assert word in done.stdout
     assert "<svg" in page.read_text()
     assert "http" not in page.read_text()
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    words = ["--tower", "vit-demo", "--stage", "1", "--size", "216", "--frames", "64", "--clips", "8"]
+    words += ["--temporal-depth", "2", "--classes", "8", "--hardware", "2GiB"]
+    done = plan(*words)
+    assert "does not fit (forecast)" in done.stdout, done.stderr
+    first = re.search(r"^ {2}1\. (.*)$", done.stdout, re.MULTILINE)
+    assert first is not None, done.stdout
+    given = first[1].split()
+    kept = [
+        word for flag, value in zip(words[::2], words[1::2], strict=True) if flag not in given for word in (flag, value)
+    ]
+    assert ": fits (forecast)" in plan(*kept, *given).stdout, given
 
 
 def test_what_does_not_fit_says_what_it_could_not_get() -> None:

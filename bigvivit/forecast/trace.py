@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -104,8 +105,10 @@ class Trace:
                 yield live, event
 
 
-def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS) -> Trace:
-    """`steps` train steps of the engine that `build()` gives, with the batch that it gives.
+def trace_steps(
+    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS, accumulate: int = 1
+) -> Trace:
+    """`steps` train steps of the engine that `build()` gives, each of `accumulate` micro-batches like the one it gives.
 
     `host`: the target's memory is another than the host's, where clips and what is offloaded live.
     """
@@ -113,7 +116,8 @@ def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool
     with fake_world(host=host) as mode, label_streams(tracker):
         with tracker:
             engine, batch = build()
-            if host:
+            batches = repeat_batch(batch, accumulate)
+            for batch in batches if host else ():
                 batch.clips, batch.labels = on_host(mode, batch.clips), on_host(mode, batch.labels)
         tracker.names.update({module: name for name, module in engine.module.named_modules()})
         for name, parameter in engine.module.named_parameters():
@@ -123,13 +127,20 @@ def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool
             tracker.note(buffer, "tower")
         note_placement(tracker, engine.module)
         note_shards(tracker, engine)
-        for tensor in (batch.clips, batch.labels):
-            tracker.note(tensor, "input")
+        for batch in batches:
+            tracker.note(batch.clips, "input")
+            tracker.note(batch.labels, "input")
         for _ in range(steps):
             tracker.step += 1
             with tracker:
-                train_step(PhasedEngine(engine, tracker), [batch])
+                train_step(PhasedEngine(engine, tracker), batches)
     return Trace(list(tracker.events))  # without what happens when all of this is let go
+
+
+def repeat_batch(batch: LabelledClips, count: int) -> list[LabelledClips]:
+    """So many micro-batches like this one, each with memory of its own: training holds all of a step's at once."""
+    clones = [(batch.clips.clone(), batch.labels.clone()) for _ in range(count - 1)]
+    return [batch, *(SimpleNamespace(clips=clips, labels=labels, indices=batch.indices) for clips, labels in clones)]
 
 
 class PhasedEngine:

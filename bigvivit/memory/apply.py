@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +14,14 @@ from bigvivit.memory.activations import apply_offload, apply_recompute
 from bigvivit.memory.freeze import freeze
 from bigvivit.memory.load import Fill, Sharder, load_packed, load_pieces
 from bigvivit.memory.measure import least_over_ranks, measure_free
-from bigvivit.memory.placement import build_placement
+from bigvivit.memory.placement import DevicePlacement, Placement, build_placement
 from bigvivit.memory.plan import MemoryPlan, Stream, choose_stream
 from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.stream import FrozenTower, StagedTower
 from bigvivit.units import torch_dtype
+
+STATES = 2
+"""Times the trained weights' size, kept free for the optimizer: AdamW's two moments, or SGD's one and the gradients."""
 
 
 def apply_plan(
@@ -35,8 +38,8 @@ def apply_plan(
     """Make `model`, whose `tower` is still on the meta device, fit and ready to train: in place.
 
     `fill` brings the tower's weights; `sharder` (ZeRO-3, FSDP2) keeps this rank's part of them; `scratch` is a folder
-    for the file of a tower that lives on disk, where temporary files go by default. `free_bytes` is what groups and
-    chunks may be chosen for: by default what is free now.
+    for the file of a tower that lives on disk, where temporary files go by default. `free_bytes` is what there is for
+    the model and all its work: by default what is free, of which loading leaves less.
     """
     tower = cast(StagedTower, model.tower)
     pieces = tower.pieces()  # under the names that checkpoints know, so before anything is wrapped
@@ -51,7 +54,17 @@ def apply_plan(
         if is_packed(plan):
             placement = build_placement(plan.placement, device, scratch or Path(tempfile.gettempdir()))
         costly = sharder is not None or plan.placement != "device" or compute != value_dtype(plan.storage)
-        choose = build_choice(plan, device, free_bytes, costly=costly or is_quantized(plan.storage))
+
+        def choose(tubelets: int, hidden_bytes: int, work_bytes: int) -> Stream:
+            return choose_stream(
+                plan,
+                tubelets=tubelets,
+                hidden_bytes=hidden_bytes,
+                work_bytes=work_bytes,
+                free_bytes=left_bytes,
+                costly=costly or is_quantized(plan.storage),
+            )
+
         # Before sharding: a StreamedLayer is the unit that is gathered.
         model.tower = stream = FrozenTower(tower, compute, device, choose, placement)
         units, storage = stream.units(), value_dtype(plan.storage)
@@ -64,6 +77,11 @@ def apply_plan(
         model.to(device)
     else:
         sharder.finish(model)
+    if frozen:
+        held, trained = held_bytes(model, placement)
+        # On the rank that has least, so that all fetch as often.
+        left_bytes = least_over_ranks(measure_free(device) if free_bytes is None else free_bytes - held, device)
+        left_bytes = max(left_bytes - STATES * trained, 0)
     if plan.recompute:
         apply_recompute(model, plan.recompute, reentrant=sharder is not None and sharder.forgets_shapes)
     if plan.offload_activations:
@@ -79,23 +97,16 @@ def is_packed(plan: MemoryPlan) -> bool:
     return plan.placement != "device" or is_quantized(plan.storage)
 
 
-def build_choice(
-    plan: MemoryPlan, device: torch.device, given: int | None, *, costly: bool
-) -> Callable[[int, int, int], Stream]:
-    """`choose_stream` for so many bytes, or those that are free now on the rank that has least: all fetch as often."""
-    free_bytes = least_over_ranks(measure_free(device), device) if given is None else given
-
-    def choose(tubelets: int, hidden_bytes: int, work_bytes: int) -> Stream:
-        return choose_stream(
-            plan,
-            tubelets=tubelets,
-            hidden_bytes=hidden_bytes,
-            work_bytes=work_bytes,
-            free_bytes=free_bytes,
-            costly=costly,
-        )
-
-    return choose
+def held_bytes(model: nn.Module, placement: Placement | None) -> tuple[int, int]:
+    """(all, trained) bytes of weights that this rank has on the device."""
+    held = sum(buffer.nbytes for buffer in placement.buffers) if isinstance(placement, DevicePlacement) else 0
+    trained = 0
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter.data)  # ZeRO-3's share of it
+        part = getattr(part, "_local_tensor", part)  # FSDP2's
+        held += part.nbytes
+        trained += part.nbytes if parameter.requires_grad else 0
+    return held, trained
 
 
 def compute_dtype(plan: MemoryPlan, device: torch.device) -> torch.dtype:

@@ -1,14 +1,25 @@
-"""What memory was really used, and by whose count."""
+"""What memory was really used, and by whose count: one function for each question.
+
+| question | answer |
+| --- | --- |
+| peak of this process, by each counter there is | `measure_peak` |
+| the same of every rank | `measure_peaks`; `greatest` of them |
+| what could still be had | `measure_free` |
+| what counts towards a limit on data | `measure_data`, `measure_limit`; how much of it is free, `measure_holes` |
+| exactly what PyTorch's CPU allocator handed out in a piece of code | `count_cpu_allocations` |
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,19 +28,73 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest peak over all ranks since the process started."""
+    """Bytes of one rank since the process started, by each counter; None where there is no such counter."""
 
-    peak_bytes: int
-    how: str
-    """Which counter said so."""
+    process_bytes: int
+    """Resident set in the host's memory, imports included."""
+    allocated_bytes: int | None = None
+    """Of tensors, by PyTorch's CUDA allocator."""
+    reserved_bytes: int | None = None
+    """What that allocator held of the device, its cache included."""
+    retries: int | None = None
+    """How often it gave its whole cache back to find a free block: each stalls the device. Not bytes."""
+    device_bytes: int | None = None
+    """In use on the whole device when asked, whoever uses it, by NVML; it keeps no peak."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The one number to compare steps by: tensors on CUDA, on the CPU all that the process held."""
+        return self.process_bytes if self.allocated_bytes is None else self.allocated_bytes
+
+    @property
+    def how(self) -> str:
+        """Which counter `peak_bytes` is of."""
+        return "process RSS, imports included" if self.allocated_bytes is None else "CUDA allocator, allocated"
 
 
 def measure_peak(device: torch.device) -> Peak:
-    """This process's peak so far; on CUDA of tensors, on the CPU of everything the process held."""
-    if device.type == "cuda":
-        return Peak(torch.cuda.max_memory_allocated(device), "CUDA allocator, allocated")
+    """This process's peak so far, with a rank on `device`."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return Peak(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process RSS, imports included")
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type != "cuda":
+        return Peak(process_bytes=process)
+    return Peak(
+        process_bytes=process,
+        allocated_bytes=torch.cuda.max_memory_allocated(device),
+        reserved_bytes=torch.cuda.max_memory_reserved(device),
+        retries=torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+        device_bytes=measure_device(device),
+    )
+
+
+def measure_device(device: torch.device) -> int | None:
+    """Bytes in use on a CUDA device as NVML sees it; None where NVML does not answer (WSL, some containers)."""
+    try:
+        return torch.cuda.device_memory_used(device)
+    except Exception:  # of pynvml's own classes, or PyTorch's own words for a driver that is not there
+        return None
+
+
+def measure_peaks(device: torch.device) -> list[Peak]:
+    """`measure_peak` of every rank, in their order. Every rank must call it."""
+    own = measure_peak(device)
+    if not dist.is_initialized():
+        return [own]
+    values = torch.tensor([-1 if value is None else value for value in astuple(own)], device=device)
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, values)
+    return [build_peak([None if value < 0 else value for value in rank.tolist()]) for rank in everyone]
+
+
+def build_peak(counters: list[Any]) -> Peak:
+    """From the counters in the order of the fields."""
+    return Peak(*counters)
+
+
+def greatest(peaks: Iterable[Peak]) -> Peak:
+    """The maximum over ranks, of each counter by itself."""
+    counters = zip(*(astuple(peak) for peak in peaks), strict=True)
+    return build_peak([max((value for value in counter if value is not None), default=None) for counter in counters])
 
 
 def measure_free(device: torch.device) -> int:
@@ -40,10 +105,33 @@ def measure_free(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     status = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(status["MemAvailable"].split()[0]) * 1024
+    limit = measure_limit()
+    return free if limit is None else min(free, max(limit - measure_data(), 0))
+
+
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+        )
+    ]  # fmt: skip
+
+
+def measure_holes() -> int:
+    """Bytes that were freed and that glibc's malloc keeps in its heaps: the process's, and nobody's. 0 elsewhere."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = MallocInfo
+    return int(mallinfo().fordblks)
+
+
+def measure_limit() -> int | None:
+    """Bytes that RLIMIT_DATA lets this process have; None where it sets no limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit != resource.RLIM_INFINITY:
-        free = min(free, max(limit - measure_data(), 0))
-    return free
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def measure_data() -> int:
@@ -59,16 +147,6 @@ def least_over_ranks(value: int, device: torch.device) -> int:
     least = torch.tensor(value, device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least)
-
-
-def measure_peak_over_ranks(device: torch.device) -> Peak:
-    """The maximum of `measure_peak` over ranks. Every rank must call it."""
-    peak = measure_peak(device)
-    if not dist.is_initialized():
-        return peak
-    value = torch.tensor(peak.peak_bytes, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return Peak(int(value), peak.how)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bigvivit.config import OptimConfig
 from bigvivit.memory.engine import Engine
-from bigvivit.memory.measure import measure_peak_over_ranks
+from bigvivit.memory.measure import greatest, measure_peaks
 from bigvivit.memory.ranks import gather_over_ranks
 from bigvivit.training.failed_clips import Failures
 from bigvivit.training.metrics import MetricsLog
@@ -104,7 +104,7 @@ def train(
             losses.clear()
             if failed > 0:
                 failures.gather()
-            peak = measure_peak_over_ranks(engine.device)
+            peak = greatest(measure_peaks(engine.device))
             if metrics is not None:
                 recent = statistics.median(seconds[-log_every:])
                 record = {
@@ -116,6 +116,7 @@ def train(
                     "seconds_per_step": recent,
                     "clips_per_second": optim.batch_size / recent,
                     "peak_bytes": peak.peak_bytes,
+                    **{f"memory.{key}": value for key, value in asdict(peak).items() if value is not None},
                     "seconds_left": recent * (steps - step),
                 }
                 metrics.report(record)

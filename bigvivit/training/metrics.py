@@ -26,6 +26,15 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
                     yield line.rstrip("\n") + "\n"
 
 
+def describe_memory(record: dict[str, Any]) -> str:
+    """The peak so far; on CUDA with what PyTorch reserved for it, and how often it ran into the device's end."""
+    line, reserved, retries = (
+        format_bytes(record["peak_bytes"]), record.get("memory.reserved_bytes"), record.get("memory.retries")
+    )  # fmt: skip
+    line += f" of {format_bytes(reserved)} reserved" if reserved is not None else ""
+    return line + (f", {retries} retries" if retries else "")
+
+
 def open_tensorboard(folder: Path, first_step: int) -> Any:
     """A writer where TensorBoard is installed, else None. What a killed run wrote after `first_step` is passed over."""
     try:  # not find_spec, which takes any folder of that name for it, such as the one a run writes
@@ -64,7 +73,7 @@ class MetricsLog:
         self.write(record)
         line = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  "
-            f"{format_bytes(record['peak_bytes'])}"
+            f"{describe_memory(record)}"
         )
         if self.progress is not None:
             self.progress.update(self.task, completed=record["step"], line=line)

@@ -13,6 +13,7 @@ from bigvivit.config import ConfigError
 from bigvivit.training.checkpoint import HEADER
 from bigvivit.training.plots import draw_curves
 from bigvivit.training.progress import flatten
+from bigvivit.training.report import format_cell
 from bigvivit.units import format_bytes, format_count
 
 ROWS = (
@@ -103,6 +104,27 @@ def row(*values: Any) -> str:
     return f"| {' | '.join(str(value).replace('|', '&#124;') for value in values)} |"
 
 
+COUNTERS = {
+    "process_bytes": "process, RSS",
+    "allocated_bytes": "tensors, CUDA allocator",
+    "reserved_bytes": "reserved by it",
+    "retries": "its retries",
+    "device_bytes": "whole device at the end, NVML",
+}
+"""Of `memory.measure.Peak`, as people know them."""
+
+
+def describe_memory(ranks: list[dict[str, int | None]]) -> list[str]:
+    """A table of each rank's peaks by every counter that there was, and the greatest."""
+    names = [name for name in COUNTERS if any(rank.get(name) is not None for rank in ranks)]
+    peaks: dict[str, dict[str, int | None]] = {f"rank {number}": rank for number, rank in enumerate(ranks)}
+    peaks["greatest"] = {name: max((rank[name] or 0 for rank in ranks), default=0) for name in names}
+    lines = [row("measured", *(COUNTERS[name] for name in names)), row(*["---"] * (len(names) + 1))]
+    for who, values in peaks.items():
+        lines.append(row(who, *(format_cell(name, values.get(name)) for name in names)))
+    return lines
+
+
 def write_page(run: Path) -> Path:
     """`report.md` and `report.png` in the run's folder: numbers, curves, settings, environment."""
     found = read_run(run)
@@ -117,6 +139,8 @@ def write_page(run: Path) -> Path:
     if metrics:
         draw_curves(run / "report.png", {run.name: metrics})
         lines += ["![Loss, validation, learning rate and memory by step](report.png)", ""]
+    if "memory" in known:
+        lines += ["## Memory", "", *describe_memory(known["memory"]), ""]
     if "per_class" in known:
         lines += ["## Classes", "", "| class | clips | correct | accuracy |", "| --- | --- | --- | --- |"]
         for entry in known["per_class"]:

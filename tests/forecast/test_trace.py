@@ -27,6 +27,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "chunk-major": {"stage": 2, "plan": {**FP32, "group": 2}},
     "cpu": {"stage": 2, "plan": {**FP32, "placement": "cpu"}, "optimizer": "adamw"},
     "disk": {"stage": 2, "plan": {**FP32, "placement": "disk"}},
+    "accumulate": {"stage": 2, "plan": FP32, "accumulate": 3},
     "nf4": {"stage": 2, "plan": {**FP32, "storage": "nf4"}},
     # Larger images: of small ones the peak is in a convolution's backward, in scratch that only its kernel knows of.
     "stage 1": {"stage": 1, "size": 224},
@@ -199,3 +200,15 @@ def test_frames_cost_hidden_states_in_layer_major_order_and_nothing_chunk_by_chu
     grown = peak(128, "all") - peak(64, "all")
     assert hidden * more <= grown <= 1.1 * hidden * more
     assert peak(128, 4) - peak(64, 4) < 0.05 * hidden * more
+
+
+@pytest.mark.parametrize("plan", [{"group": "all"}, {"group": 2}, {"group": "all", "placement": "cpu"}])
+def test_no_more_than_a_chunk_of_frames_is_on_the_device(plan: dict[str, Any]) -> None:
+    """Clips stay on the host as bytes; neither these nor floats of all frames are ever on the device."""
+    trial = Trial.from_json(json.dumps({**SMALL, "tower": "vit-demo", "layers": None, "size": 48, "stage": 2,
+                                        "plan": {**plan, "compute": "fp32", "chunk": 2}}))  # fmt: skip
+    trace = trace_trial(trial, free_bytes=PLENTY, host=True)
+    images = [e.allocation for e in trace.events if e.change > 0 and e.allocation.shape[-2:] == (48, 48)]
+    assert {a.dtype for a in images if a.device == "cpu"} == {torch.uint8, torch.float32}
+    assert max(a.shape[0] for a in images if a.device == "cpu") == 2
+    assert [a.dtype for a in images if a.device == "host"] == [torch.uint8]  # the clip, of all eight frames

@@ -12,21 +12,29 @@ import torch
 from safetensors.torch import save_file
 
 from bigvivit.model.towers import build_hf_model, resolve_tower
+from bigvivit.processes import run_ranks
 from tests.launching import ROOT, environment
 
 PROGRAM = """
-import ctypes, gc, json, sys, threading, time, torch
+import ctypes, gc, json, os, sys, threading, time, torch
 from pathlib import Path
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ModelConfig
 from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.parallel import build_sharder
 from bigvivit.memory.plan import MemoryPlan
+from bigvivit.memory.ranks import rank_and_world, start_process_group
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
-folder, plan = sys.argv[1], MemoryPlan(**json.loads(sys.argv[2]))
+folder, plan, engine = sys.argv[1], MemoryPlan(**json.loads(sys.argv[2])), sys.argv[3]
+device, world = torch.device("cpu"), rank_and_world()[1]
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+ds = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero} if engine == "zero3" else None
+start_process_group(device, world, deepspeed=ds is not None, fsdp=engine == "fsdp")
+sharder = build_sharder(ds, fsdp=engine == "fsdp", device=device)
 config = ModelConfig(tower=folder, tower_init="pretrained", tubelet=1, temporal_depth=1)
 source = assemble.open_tower(config, seed=0)
 clip = ClipConfig(frames=1, size=224, resize=224)
@@ -45,10 +53,13 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-apply_plan(model, plan, frozen=True, fill=source.fill, device=torch.device("cpu"), scratch=Path(folder))
+apply_plan(model, plan, frozen=True, fill=source.fill, device=device, scratch=Path(folder), sharder=sharder)
 done = True
 thread.join()
-print(json.dumps([peak - before, anonymous() - before]))
+print(json.dumps([peak - before, anonymous() - before]), flush=True)
+if world > 1:
+    torch.distributed.barrier()
+os._exit(0)
 """
 
 
@@ -72,7 +83,7 @@ def write_tower(folder: Path, size: str, dtype: torch.dtype, files: int) -> int:
 def measure(folder: Path, **plan: object) -> tuple[int, int]:
     """Growth of anonymous memory at its peak and at the end."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, folder, json.dumps(plan)],
+        [sys.executable, "-c", PROGRAM, folder, json.dumps(plan), "plain"],
         check=False, cwd=ROOT, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -108,3 +119,14 @@ def test_loading_takes_what_is_kept_and_little_more(
             assert peak <= kept * 1.15 + packing, storage
         peak, end = measure(tmp_path, storage="bf16", placement="disk")
         assert peak <= bf16 / 3  # never the tower: a layer or two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_rank_never_holds_the_tower_that_it_shards(engine: str, tmp_path: Path) -> None:
+    """Two real ranks: a half each, and the layers that are being filled and sharded."""
+    bf16 = write_tower(tmp_path, "vit-b", torch.float32) * 2
+    words = ["-c", PROGRAM, str(tmp_path), json.dumps({"storage": "bf16"}), engine]
+    for peak, end in run_ranks(words, 2, environment=environment(PYTHONPATH=str(ROOT))):
+        assert bf16 * 0.45 <= end <= peak
+        assert peak <= 0.5 * bf16 * 1.15 + 3 * bf16 / 12 < bf16

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvivit.memory.freeze import count_parameters, describe_frozen, freeze
+from bigvivit.memory.measure import count_cpu_allocations
 from bigvivit.memory.plan import Stream
 from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.towers import Tower
@@ -78,14 +79,9 @@ def test_it_stays_in_eval_mode_and_leaves_no_graph() -> None:
 def measure_peak_bytes(frozen: FrozenTower, pixels: torch.Tensor) -> int:
     """What the CPU allocator handed out and had not yet taken back, at most, by its own count."""
     frozen(pixels)  # chooses its stream
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with count_cpu_allocations() as counted:
         frozen(pixels)
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return counted.peak_bytes
 
 
 def test_only_one_layer_is_cast_at_a_time() -> None:
