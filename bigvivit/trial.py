@@ -121,9 +121,7 @@ def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: b
     `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
     they do on CUDA. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
     """
-
-    if is_quantized(trial.plan.storage):
-        import bitsandbytes.functional  # noqa: F401 - whose import would keep tensors of ours if it came later
+    import_early(trial)
 
     def build() -> tuple[Engine, LabelledClips]:
         engine, batch = build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
@@ -135,6 +133,12 @@ def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: b
 
     with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
         return trace_steps(build, host=host)
+
+
+def import_early(trial: Trial) -> None:
+    """What would keep tensors that are counted, if it were imported later."""
+    if is_quantized(trial.plan.storage):
+        import bitsandbytes.functional  # noqa: F401
 
 
 @contextmanager
@@ -194,6 +198,7 @@ def measure_parts(trial: Trial) -> dict[str, float]:
     The optimizer's state is there beforehand, as it is in every step but the first. The process group must be there.
     """
     device = torch.device("cpu")
+    import_early(trial)
     imports = measure_peak(device).peak_bytes
     with count_cpu_allocations() as building:
         engine, batch = build_trial(trial, device)
