@@ -40,7 +40,7 @@ from bigvivit.model.towers import build_tower, resolve_tower
 from bigvivit.model.weights import open_weights
 from bigvivit.processes import run_ranks
 from bigvivit.training.report import write_report
-from bigvivit.units import KiB
+from bigvivit.units import KiB, format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -173,12 +173,17 @@ def measure(rival: Rival, frames: int) -> dict[str, int]:
             Path("/proc/self/clear_refs").write_text("5")
             built.forward(pixels)
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
+    found = {
         "peak_bytes": building.left_bytes + running.peak_bytes,
         "pass_bytes": running.peak_bytes,
         "rss_peak_bytes": int(status["VmHWM"].split()[0]) * KiB,
         **moved,
     }
+    if not isinstance(built.model, FrozenTower):
+        return {**found, "largest_parameter_bytes": max(weight.nbytes for weight in built.model.parameters())}
+    stream, (hidden, work) = built.model.stream(pixels), built.model.bytes_per_tubelet(pixels)
+    sizes = {"hidden_bytes": stream.group * hidden, "work_bytes": stream.chunk * work}
+    return {**found, **sizes, "fetched_bytes": built.model.fetched_bytes()}
 
 
 def draw_frames(rival: Rival, frames: int) -> Tensor:
@@ -211,7 +216,7 @@ def main(arguments: Arguments) -> None:
         if row["side"] == "ours":
             print(f"{row['where']}, chunks of {row['chunk']}: {row['compared_with_accelerate']} "
                   f"({row['seconds_by_theirs']:.3f} of its time), moves {row['moved_by_tower']:.3f} of the tower: "
-                  f"{row['target_moved']}")  # fmt: skip
+                  f"{row['target_moved']}; {row['memory']}")  # fmt: skip
     print(f"wrote {stem}.json and .md")
 
 
@@ -219,29 +224,42 @@ def compare_all(arguments: Arguments, rivals: list[Rival], tower_bytes: int, pla
     """A row for each."""
     words = [["-m", "bench.relatives", "measure", json.dumps(asdict(rival)), str(arguments.frames)] for rival in rivals]
     found = [run_ranks(line, environment=ENVIRONMENT)[0] for line in track(words, "memory")]
-    built = {}
-    for number, rival in enumerate(rivals):
-        built[rival] = build(rival, place / f"scratch{number}")
+    built = {rival: build(rival, place / f"scratch{number}") for number, rival in enumerate(rivals)}
     pixels = draw_frames(rivals[0], arguments.frames)
-    expected = built[rivals[-1]].forward(pixels)
-    differences = {rival: float((one.forward(pixels) - expected).abs().max()) for rival, one in built.items()}
-    seconds = time_in_turn({rival: partial(one.forward, pixels) for rival, one in built.items()}, arguments.repeats)
-    rows = []
-    for rival, memory in zip(rivals, found, strict=True):
-        own, theirs = seconds[rival], seconds[replace(rival, side="accelerate")]
-        row = {
+    forwards = {rival: partial(one.forward, pixels) for rival, one in built.items()}
+    outputs = {rival: forward() for rival, forward in track(forwards.items(), "first calls")}
+    seconds = time_in_turn(forwards, arguments.repeats)
+    by_rival, rows = dict(zip(rivals, found, strict=True)), []
+    for rival, memory in by_rival.items():
+        peer = replace(rival, side="accelerate")
+        own, theirs = seconds[rival], seconds[peer]
+        row: dict[str, Any] = {
             "where": rival.where, "chunk": rival.chunk, "side": rival.side, "evidence": "measured",
             "seconds": statistics.median(own), "spread_seconds": spread(own), **memory,
             "moved_by_tower": memory["moved_bytes"] / tower_bytes,
-            "greatest_difference": differences[rival],
+            "greatest_difference": float((outputs[rival] - outputs[peer]).abs().max()),
         }  # fmt: skip
         if rival.side == "ours":
             row["compared_with_accelerate"] = compare(own, theirs)
             row["seconds_by_theirs"] = ratio(own, theirs)
             row["target_moved"] = "met" if row["moved_by_tower"] <= MOVED else "not met"
             row["target_never_slower"] = "not met" if compare(own, theirs) == "slower" else "met"
+            row["memory"] = explain(rival, memory, by_rival[peer])
         rows.append(row)
     return rows
+
+
+def explain(rival: Rival, ours: dict[str, int], theirs: dict[str, int]) -> str:
+    """What a forward of ours takes above one of theirs, beside the weights where they wait."""
+    more = ours["pass_bytes"] - theirs["pass_bytes"]
+    if more <= 0:
+        return f"{format_bytes(-more)} less"
+    return (
+        f"{format_bytes(more)} more: {format_bytes(ours['fetched_bytes'])} are the layer that computes and the next, "
+        f"where theirs has one parameter, of at most {format_bytes(theirs['largest_parameter_bytes'])}; "
+        f"{format_bytes(ours['hidden_bytes'])} are the hidden states of all frames, where theirs has those of "
+        f"{rival.chunk}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import tyro
+from rich.progress import track
 from torch import Tensor
 
 from bench.timing import compare, ratio, spread, time_in_turn
 from bigvivit.config import ModelConfig
 from bigvivit.memory.stream import FrozenTower
+from bigvivit.model.catalog import SIZES
 from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import to_tubelets
 from bigvivit.training.report import write_report
@@ -68,10 +70,12 @@ def main(arguments: Arguments) -> None:
     for name in PLANS:
         steps[name] = build_step(arguments, 2, plan_of(arguments, name))
     steps |= build_towers(arguments)
+    for step in track(steps.values(), "first calls"):
+        step()
     seconds = time_in_turn(steps, arguments.repeats)
     rows = [judge(name, seconds) for name in steps]
     settings = {"tower": arguments.tower, "layers": arguments.layers, "frames": arguments.frames, "tubelet": 2,
-                "size": 224, "local_batch": 1, "chunk": arguments.chunk, "compute": "fp32", "temporal_depth": 4,
+                "local_batch": 1, "chunk": arguments.chunk, "compute": "fp32", "temporal_depth": 4,
                 "optimizer": "sgd with momentum", "repeats": arguments.repeats, "plans": PLANS,
                 "threads": torch.get_num_threads()}  # fmt: skip
     stem = write_report(arguments.results, "step_time", device=torch.device("cpu"), settings=settings, rows=rows)
@@ -88,8 +92,9 @@ def plan_of(arguments: Arguments, name: str) -> dict[str, Any]:
 
 def describe_trial(arguments: Arguments, stage: int, plan: dict[str, Any]) -> Trial:
     """One clip."""
+    size = SIZES[arguments.tower].image_size
     values = {"stage": stage, "tower": arguments.tower, "layers": arguments.layers, "frames": arguments.frames,
-              "plan": {"compute": "fp32", "autocast": "fp32", **plan}}  # fmt: skip
+              "size": size, "plan": {"compute": "fp32", "autocast": "fp32", **plan}}  # fmt: skip
     return Trial.from_json(json.dumps(values))
 
 

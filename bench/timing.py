@@ -15,10 +15,8 @@ Name = TypeVar("Name")
 def time_in_turn(rivals: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, list[float]]:
     """Seconds of each call of each, in as many rounds, every other round in the opposite order.
 
-    Each has been called once before: what a machine does meanwhile, and warms up, it does to all of them alike.
+    Whatever else the machine does meanwhile, it does to all of them alike. Call each once before.
     """
-    for rival in track(rivals.values(), "first calls"):
-        rival()
     seconds: dict[Name, list[float]] = {name: [] for name in rivals}
     for number in track(range(repeats), "rounds"):
         for name in list(rivals)[:: -1 if number % 2 else 1]:
