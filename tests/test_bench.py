@@ -13,7 +13,7 @@ from bench.timing import compare, ratio, time_in_turn
 def test_rivals_take_turns() -> None:
     calls: list[str] = []
     seconds = time_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
-    assert calls == list("ababba")  # once each before, then there and back
+    assert calls == list("abba")  # there and back
     assert {name: len(own) for name, own in seconds.items()} == {"a": 2, "b": 2}
 
 
