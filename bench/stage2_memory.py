@@ -57,6 +57,18 @@ against the hidden states of one, layer by layer; chunk by chunk it may not grow
 NOISE_BYTES = 64
 """Per frame, what growth is taken for none: the allocator rounds sizes up."""
 
+COLUMNS = """
+`peak_bytes` is all that PyTorch's CPU allocator had handed out at the step's peak; `pass_bytes` is what the tower's part
+of the step adds to what is there when it begins, at that part's own peak (`tower_peak_bytes`). `trainable_bytes`: weights,
+gradients and optimizer state of what is trained; `tower_at_home_bytes`: the stored tower, where it is kept in memory;
+`temporal_bytes`: what the forward leaves for the backward; `vectors_bytes`: the tower's output.
+By the plan: `hidden_bytes` of a group, `fetched_bytes` of layers on their way or cast, `work_bytes` of one chunk in a layer;
+`bound_bytes` is 1.25 times their sum. `rest_bytes` is the pass, chunk by chunk without the vectors; `bound` judges it, and
+`growth` what it grew from the next fewer frames. `beyond_bytes` is the step's peak less trainable state, clip and stored
+tower, negative where the gradients are not there yet at the peak; `whole_step_bound` judges it by the same bound. RSS has
+the profiler's records in it.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -129,6 +141,8 @@ def main(arguments: Arguments) -> None:
                 "tubelet": 2, "size": 224, "optimizer": "sgd with momentum, its state made before the step",
                 "steps": 1, "environment": ENVIRONMENT, "commits_of_rows": commits}  # fmt: skip
     stem = write_report(arguments.results, "stage2_memory", device=torch.device("cpu"), settings=settings, rows=rows)
+    with stem.with_name(f"{stem.name}.md").open("a") as file:
+        file.write(f"\n{COLUMNS}\n![Memory against frames]({stem.name}.png)\n")
     draw(stem.with_name(f"{stem.name}.png"), [row for row in rows if "peak_bytes" in row])
     if len(found) == len(cells) and not arguments.report:
         kept.unlink()
