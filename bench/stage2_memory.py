@@ -58,15 +58,15 @@ NOISE_BYTES = 64
 """Per frame, what growth is taken for none: the allocator rounds sizes up."""
 
 COLUMNS = """
-`peak_bytes` is all that PyTorch's CPU allocator had handed out at the step's peak; `pass_bytes` is what the tower's part
-of the step adds to what is there when it begins, at that part's own peak (`tower_peak_bytes`). `trainable_bytes`: weights,
-gradients and optimizer state of what is trained; `tower_at_home_bytes`: the stored tower, where it is kept in memory;
-`temporal_bytes`: what the forward leaves for the backward; `vectors_bytes`: the tower's output.
-By the plan: `hidden_bytes` of a group, `fetched_bytes` of layers on their way or cast, `work_bytes` of one chunk in a layer;
-`bound_bytes` is 1.25 times their sum. `rest_bytes` is the pass, chunk by chunk without the vectors; `bound` judges it, and
-`growth` what it grew from the next fewer frames. `beyond_bytes` is the step's peak less trainable state, clip and stored
-tower, negative where the gradients are not there yet at the peak; `whole_step_bound` judges it by the same bound. RSS has
-the profiler's records in it.
+`peak_bytes` is all that PyTorch's CPU allocator had handed out at the step's peak; `pass_bytes` is what the tower's
+part of the step adds to what is there when it begins, at that part's own peak (`tower_peak_bytes`).
+`trainable_bytes`: weights, gradients and optimizer state of what is trained; `tower_at_home_bytes`: the stored tower,
+where it is kept in memory; `temporal_bytes`: what the forward leaves for the backward; `vectors_bytes`: the tower's
+output. By the plan: `hidden_bytes` of a group, `fetched_bytes` of layers on their way or cast, `work_bytes` of one
+chunk in a layer; `bound_bytes` is 1.25 times their sum. `rest_bytes` is the pass, chunk by chunk without the vectors;
+`bound` judges it, and `growth` what it grew from the next fewer frames. `beyond_bytes` is the step's peak less
+trainable state, clip and stored tower, negative where the gradients are not there yet at the peak; `whole_step_bound`
+judges it by the same bound. RSS has the profiler's records in it.
 """
 
 
