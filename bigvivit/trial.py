@@ -31,7 +31,9 @@ from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.quantize import is_quantized, value_dtype
 from bigvivit.memory.ranks import start_process_group
+from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.towers import build_tower, resolve_tower
+from bigvivit.model.tubelet import to_tubelets
 from bigvivit.training.optim import build_optimizer, build_scheduler
 from bigvivit.training.step import LabelledClips, train_step
 
@@ -127,9 +129,7 @@ def trace_trial(
     `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
     they do on CUDA. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
     """
-
-    if is_quantized(trial.plan.storage):
-        import bitsandbytes.functional  # noqa: F401 - whose import would keep tensors of ours if it came later
+    import_early(trial)
 
     def build() -> tuple[Engine, LabelledClips]:
         engine, batch = build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
@@ -141,6 +141,12 @@ def trace_trial(
 
     with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
         return trace_steps(build, host=host, steps=steps, accumulate=trial.accumulate)
+
+
+def import_early(trial: Trial) -> None:
+    """What would keep tensors that are counted, if it were imported later."""
+    if is_quantized(trial.plan.storage):
+        import bitsandbytes.functional  # noqa: F401
 
 
 @contextmanager
@@ -205,6 +211,68 @@ def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     return building.left_bytes + training.peak_bytes
 
 
+def measure_parts(trial: Trial) -> dict[str, float]:
+    """One real step of stage 2 by the CPU allocator's count, with the tower's part of it apart.
+
+    The optimizer's state is there beforehand, as it is in every step but the first. The process group must be there.
+    """
+    device = torch.device("cpu")
+    import_early(trial)
+    imports = measure_peak(device).peak_bytes
+    with count_cpu_allocations() as building:
+        engine, batch = build_trial(trial, device)
+        trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer = engine.optimizer  # type: ignore[attr-defined]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    tower, backward, vectors = engine.module.tower, engine.backward, 0
+    assert isinstance(tower, FrozenTower), "of stage 2"
+    times: list[int] = []
+
+    def end_tower(tower: FrozenTower, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal vectors
+        times.append(time.time_ns())
+        vectors = output.nbytes
+
+    def begin_backward(loss: torch.Tensor) -> None:
+        times.append(time.time_ns())
+        backward(loss)
+
+    tower.register_forward_pre_hook(lambda *_: times.append(time.time_ns()))
+    tower.register_forward_hook(end_tower)
+    engine.backward = begin_backward  # type: ignore[method-assign]
+    start = time.perf_counter()
+    with count_cpu_allocations() as step:
+        train_step(engine, [batch])
+        seconds, rss = time.perf_counter() - start, measure_peak(device).peak_bytes
+    first, last, turn = times
+    pixels = to_tubelets(batch.clips, trial.tubelet)
+    stream, (hidden, work) = tower.stream(pixels), tower.bytes_per_tubelet(pixels)
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    at_home = [*tower.parameters(), *getattr(tower.placement, "buffers", ())]
+    in_tower = step.peak_between(first, last)
+    return {
+        "seconds_per_step": seconds,
+        "peak_bytes": building.left_bytes + step.peak_bytes,
+        "rss_peak_bytes": rss,
+        "rss_imports_bytes": imports,
+        "tower_peak_bytes": building.left_bytes + in_tower,
+        "trainable_bytes": 2 * sum(weight.nbytes for weight in trained) + sum(value.nbytes for value in states),
+        "clip_bytes": batch.clips.nbytes,
+        "tower_at_home_bytes": sum(kept.nbytes for kept in at_home),
+        "temporal_bytes": step.live_at(turn) - step.live_at(first),
+        "vectors_bytes": vectors,
+        "pass_bytes": in_tower - step.live_at(first),
+        "hidden_bytes": stream.group * hidden,
+        "fetched_bytes": tower.fetched_bytes(),
+        "work_bytes": stream.chunk * work,
+        "tubelets_per_group": stream.group,
+        "tubelets_per_chunk": stream.chunk,
+    }
+
+
 def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float]:
     """Real steps without the allocator's count, which itself takes memory: what the process came to."""
     engine, batch = build_trial(trial, device)
@@ -234,14 +302,20 @@ def main() -> None:
     """Measure the trial of the command line; ranks come from the environment, as launchers set it.
 
     With a second word, a number of steps, it only runs them, for a process under a limit; on CUDA if a third says so.
+    With `parts` for that word it measures the tower's part of one step apart.
     """
     trial = Trial.from_json(sys.argv[1])
     device = assemble.choose_device(sys.argv[3] if len(sys.argv) > 3 else "cpu")
     dist.Work.wait = wait_for_threads  # type: ignore[method-assign,assignment]
     start_process_group(device, trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
     before = measure_data()
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    found = run_trial(trial, steps, device) if steps else {"peak_bytes": measure_trial(trial)}
+    found: dict[str, float]
+    if len(sys.argv) < 3:
+        found = {"peak_bytes": measure_trial(trial)}
+    elif sys.argv[2] == "parts":
+        found = measure_parts(trial)
+    else:
+        found = run_trial(trial, int(sys.argv[2]), device)
     print(json.dumps({**found, "data_bytes_before": before}), flush=True)
     os._exit(0)  # taking a process group down can wait for ranks that are gone
 

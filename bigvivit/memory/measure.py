@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import gc
 import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,17 @@ class Allocations:
     """Most that was live at once, of what was allocated since."""
     left_bytes: int = 0
     """Still live at the end."""
+    live: list[tuple[int, int]] = field(default_factory=list)
+    """(time in ns, bytes live from then on) for each time that something was allocated or freed."""
+
+    def live_at(self, time_ns: int) -> int:
+        """Bytes that were live at this time."""
+        place = bisect.bisect_right(self.live, time_ns, key=lambda event: event[0])
+        return self.live[place - 1][1] if place else 0
+
+    def peak_between(self, first_ns: int, last_ns: int) -> int:
+        """Most bytes that were live at once between two times."""
+        return max([self.live_at(first_ns), *(live for when, live in self.live if first_ns <= when <= last_ns)])
 
 
 @contextmanager
@@ -165,10 +177,15 @@ def count_cpu_allocations() -> Iterator[Allocations]:
     found = Allocations()
     gc.collect()  # else what others left behind would be seen to go, and never have come
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield found
+        torch._C._autograd._enable_record_function(False)  # operators' own records would only take memory themselves
+        try:
+            yield found
+        finally:
+            torch._C._autograd._enable_record_function(True)
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         found.left_bytes += event.nbytes()
         found.peak_bytes = max(found.peak_bytes, found.left_bytes)
+        found.live.append((event.start_ns(), found.left_bytes))

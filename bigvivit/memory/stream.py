@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bigvivit.memory.placement import Placement, Slot, plan_slots, view_slots
+from bigvivit.memory.placement import DevicePlacement, Placement, Slot, plan_slots, view_slots
 from bigvivit.memory.plan import Stream
 from bigvivit.memory.quantize import pack_weights, unpack_weights
 from bigvivit.units import Storage
@@ -77,6 +77,19 @@ class StreamedLayer(nn.Module):
             name: buffer.to(self.device, self.compute if buffer.is_floating_point() else None)
             for name, buffer in layer.named_buffers()
         }
+
+    def bytes_to_fetch(self) -> tuple[int, int]:
+        """Of its weights as they are stored, and of the copies that `weights` makes of them to compute with."""
+        if self.slots is not None:
+            (layer,) = self.packed
+            stored = max((slot.offset + slot.nbytes for slot in self.slots), default=0)
+            ready = {slot.name for slot in self.slots if slot.dtype == self.compute}
+        else:
+            layer = self.layer
+            stored = sum(weight.nbytes for weight in layer.parameters())
+            ready = {name for name, weight in layer.named_parameters() if weight.dtype == self.compute}
+        copied = sum(weight.numel() for name, weight in layer.named_parameters() if name not in ready)
+        return stored, copied * self.compute.itemsize
 
     def forward(self, chunks: list[Tensor], fetched: Tensor | None = None, **extras: Any) -> list[Any]:
         """Each chunk through the layer; `chunks` is emptied on the way, so that no chunk is held twice."""
@@ -157,6 +170,14 @@ class FrozenTower(nn.Module):
         tokens, width = hidden.shape[1:]
         size = self.embed.compute.itemsize
         return tokens * width * size, 2 * tokens * (widest + width) * size
+
+    def fetched_bytes(self) -> int:
+        """Most that is in memory of layers besides where they live, by the plan: the one that computes and the next,
+        as they are stored, and the first once more in the compute type where that is another."""
+        sizes = [unit.bytes_to_fetch() for unit in self.units()]
+        arriving = 0 if self.placement is None or isinstance(self.placement, DevicePlacement) else 1
+        following = [stored for stored, _ in sizes[1:]] + [0]
+        return max(arriving * (stored + after) + cast for (stored, cast), after in zip(sizes, following, strict=True))
 
     def fetch_in_turn(self, groups: int) -> Iterator[Tensor | None]:
         """Each unit's bytes when its turn comes, the next already on its way; None where units have parameters."""
