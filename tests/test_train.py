@@ -122,7 +122,7 @@ def test_both_stages_on_a_tower_from_timm(name: str, tubelet: int, demo: Path, t
     """Stage 2 opens what stage 1 trained and wrote; a hybrid takes single frames."""
     TimmWrapperConfig(architecture=name, model_args=TIMM_MODELS[name]).save_pretrained(tmp_path / "tower")
     size = TIMM_MODELS[name]["img_size"]
-    own = ["--clip.size", size, "--clip.resize", size, "--optim.epochs", 1, "--optim.lr", 0.01]
+    own = ["--clip.size", size, "--clip.resize", size, "--optim.epochs", 1]
     first = ["--model.tower", tmp_path / "tower", "--model.tubelet", tubelet]
     data = ["--data.train", demo / "train.csv"]
     train("python", tmp_path / "1", *STAGE1, *own, *first, *data)
@@ -133,7 +133,7 @@ def test_both_stages_on_a_tower_from_timm(name: str, tubelet: int, demo: Path, t
     for stage in "12":
         losses = read_losses(tmp_path / stage)
         assert len(losses) == 4
-        assert max(losses) - min(losses) > 100 * LOSS_TOLERANCE
+        assert max(losses) - min(losses) > 10 * LOSS_TOLERANCE
         assert all(math.isfinite(loss) for loss in losses)
 
 

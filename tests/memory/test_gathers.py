@@ -43,6 +43,7 @@ for chunk in ("all", 4, 1):
     plan = MemoryPlan(storage="fp32", compute="fp32", group="all", chunk=chunk)
     sharder = build_sharder(ds, fsdp=fsdp, device=device)
     pieces = [sum(4 * p.numel() for p in piece.parameters()) for _, piece in model.tower.pieces()]
+    trained = sum(4 * p.numel() for name, p in model.named_parameters() if not name.startswith("tower."))
     with count_cpu_allocations() as loading:
         apply_plan(model, plan, frozen=True, fill=source.fill, device=device, sharder=sharder)
     optimizer = build_optimizer(model, optim)
@@ -55,7 +56,8 @@ for chunk in ("all", 4, 1):
     names = [event.name for event in profile.events()]
     counts[chunk] = sum(name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names)
 if os.environ["RANK"] == "0":
-    memory = [sum(pieces), max(pieces), loading.peak_bytes, loading.left_bytes]
+    sharded = sum(pieces) + (trained if fsdp else 0)  # what is trained, DeepSpeed shards when its engine is built
+    memory = [sharded, max(pieces), loading.peak_bytes, loading.left_bytes]
     print("RESULT" + json.dumps([list(counts.values()), list(losses.values()), memory]))
 torch.distributed.barrier()
 os._exit(0)
@@ -84,11 +86,11 @@ def test_gathers_do_not_grow_with_the_number_of_chunks(engine: str, tmp_path: Pa
     outputs = [process.communicate(timeout=240) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     (line,) = (line for line in outputs[0][0].splitlines() if line.startswith("RESULT"))
-    counts, losses, (tower, layer, peak, left) = json.loads(line.removeprefix("RESULT"))
+    counts, losses, (sharded, layer, peak, left) = json.loads(line.removeprefix("RESULT"))
     assert counts[0] >= 6  # embed, four layers, pool
     assert counts[1] == counts[2] == counts[0]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    # By the allocator's own count: half of the tower, beside it one layer while that is filled, and small change.
-    print(f"{engine}: {tower=} {layer=} {peak=} {left=}")
-    assert left == pytest.approx(tower / 2, rel=0.25)
-    assert tower / 2 < peak < tower / 2 + 1.5 * layer < tower
+    # By the allocator's own count: half of all, beside it one layer while that is filled, and small change.
+    print(f"{engine}: {sharded=} {layer=} {peak=} {left=}")
+    assert left == pytest.approx(sharded / 2, rel=0.05)
+    assert sharded / 2 < peak < sharded / 2 + 1.5 * layer < sharded
