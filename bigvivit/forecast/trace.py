@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from bigvivit.forecast.fake import fake_world, on_host
+from bigvivit.forecast.repeat import repeat_layers
 from bigvivit.forecast.tracker import Allocation, Event, Tracker
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.placement import CpuPlacement, DiskPlacement
@@ -104,13 +105,20 @@ class Trace:
                 yield live, event
 
 
-def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS) -> Trace:
+def trace_steps(
+    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS, repeat: bool = True
+) -> Trace:
     """`steps` train steps of the engine that `build()` gives, with the batch that it gives.
 
-    `host`: the target's memory is another than the host's, where clips and what is offloaded live.
+    `host`: the target's memory is another than the host's, where clips and what is offloaded live. `repeat`: of a
+    frozen tower's layers and chunks that are alike one runs, and its events stand for all: the trace is the same.
     """
     tracker = Tracker(collective_scratch=not host)
-    with fake_world(host=host) as mode, label_streams(tracker):
+    with ExitStack() as stack:
+        mode = stack.enter_context(fake_world(host=host))
+        stack.enter_context(label_streams(tracker))
+        if repeat:
+            stack.enter_context(repeat_layers(tracker, mode))
         with tracker:
             engine, batch = build()
             if host:

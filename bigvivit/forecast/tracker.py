@@ -7,7 +7,6 @@ what the real program would allocate. What kernels allocate inside themselves no
 from __future__ import annotations
 
 import bisect
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,7 +69,7 @@ class Tracker(TorchDispatchMode):
         self.phase: Phase = "build"
         self.seen: Phase = "build"
         self.live: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.numbers = itertools.count()
+        self.made = 0
         self.modules: list[nn.Module] = []
         self.causes: list[str] = []
         # Autograd numbers its nodes as the forward makes them: these are the places where another module began.
@@ -95,14 +94,22 @@ class Tracker(TorchDispatchMode):
         device = "host" if tensor.device.type == HOST else tensor.device.type
         if device == "meta":
             return
+        allocation = self.make(device, cause, op, tuple(tensor.shape), tensor.dtype)
+        self.follow(storage, allocation)
+        self.resize(allocation, storage.nbytes())
+
+    def make(self, device: str, cause: str, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> Allocation:
+        """An allocation that has no bytes yet."""
         phase = self.current_phase()
-        allocation = Allocation(
-            next(self.numbers), 0, device, self.step, phase, cause, self.current_module(phase), op,
-            tuple(tensor.shape), tensor.dtype,
-        )  # fmt: skip
+        self.made += 1
+        return Allocation(
+            self.made - 1, 0, device, self.step, phase, cause, self.current_module(phase), op, shape, dtype
+        )
+
+    def follow(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
+        """The allocation ends with this storage."""
         self.live[storage] = allocation
         weakref.finalize(storage, self.resize, allocation, 0)
-        self.resize(allocation, storage.nbytes())
 
     def resize(self, allocation: Allocation, nbytes: int) -> None:
         """The storage has so many bytes now."""
@@ -134,7 +141,7 @@ class Tracker(TorchDispatchMode):
         if node is not None and not self.modules:
             place = bisect.bisect_right(self.borders, node._sequence_nr(), key=lambda border: border[0])
             return self.borders[place - 1][1]
-        return self.names.get(self.modules[-1], "") if self.modules else ""
+        return next((self.names[module] for module in reversed(self.modules) if module in self.names), "")
 
     @contextmanager
     def cause(self, name: str) -> Iterator[None]:
@@ -175,11 +182,7 @@ class Tracker(TorchDispatchMode):
         sizes = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args) if isinstance(tensor, Tensor)]
         name = func._schema.name
         if sizes and ("allgather" in name or "reduce_scatter" in name):
-            phase = self.current_phase()
-            allocation = Allocation(
-                next(self.numbers), 0, "cpu", self.step, phase, "collectives", self.current_module(phase), name,
-                (max(sizes),), torch.uint8,
-            )  # fmt: skip
+            allocation = self.make("cpu", "collectives", name, (max(sizes),), torch.uint8)
             self.resize(allocation, max(sizes))
             self.resize(allocation, 0)
 
