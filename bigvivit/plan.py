@@ -52,8 +52,8 @@ class PlanConfig:
     """Layers of the temporal transformer."""
     classes: int = 400
     """Of the head."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """8-bit optimizers do not run on fake tensors yet."""
+    optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    """The last two are bitsandbytes'."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     ds: Path | None = None
     """DeepSpeed configuration: ZeRO 1 to 3."""

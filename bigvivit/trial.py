@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.memory.quantize import is_quantized
+from bigvivit.memory.quantize import eight_bit_on_fake_tensors, is_quantized
 from bigvivit.memory.ranks import start_process_group
 from bigvivit.model.towers import resolve_tower
 from bigvivit.training.optim import build_optimizer, build_scheduler
@@ -133,7 +133,11 @@ def trace_trial(
                 group["foreach"] = foreach
         return engine, batch
 
-    with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
+    with ExitStack() as stack:
+        stack.enter_context(fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp))
+        stack.enter_context(fake_engine(trial))
+        if trial.optimizer.endswith("8bit"):
+            stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
         return trace_steps(build, host=host, repeat=repeat)
 
 

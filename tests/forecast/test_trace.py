@@ -31,6 +31,8 @@ CELLS: dict[str, dict[str, Any]] = {
     # Larger images: of small ones the peak is in a convolution's backward, in scratch that only its kernel knows of.
     "stage 1": {"stage": 1, "size": 224},
     "recompute": {"stage": 1, "size": 224, "plan": {"recompute": 1}, "droplayer": 0.3},
+    "sgd8bit": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "optimizer": "sgd8bit"},
+    "adamw8bit": {"stage": 1, "size": 224, "optimizer": "adamw8bit"},
     "offload": {"stage": 1, "size": 224, "plan": {"offload_activations": True}, "optimizer": "adamw"},
 }
 
