@@ -178,18 +178,26 @@ def fill_nothing(name: str, piece: torch.nn.Module) -> None:
 
 def shorten(config: Any, layers: int) -> Any:
     """A copy of a tower's configuration with fewer layers."""
-    return type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    values = {**config.to_dict(), "num_hidden_layers": layers}
+    for name in ("out_features", "out_indices", "stage_names"):  # of backbones, which count the layers too
+        values.pop(name, None)
+    return type(config).from_dict(values)
 
 
 def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     """Peak bytes of PyTorch's CPU allocator over real steps, by its own count. The process group must be there."""
+    return locate_peak(trial, steps)[0]
+
+
+def locate_peak(trial: Trial, steps: int = STEPS) -> tuple[int, str]:
+    """`measure_trial`, and the operator that ran at the peak."""
     device = torch.device("cpu")
     with count_cpu_allocations() as building:
         engine, batch = build_trial(trial, device)
     with count_cpu_allocations() as training:
         for _ in range(steps):
             train_step(engine, [batch])
-    return building.left_bytes + training.peak_bytes
+    return building.left_bytes + training.peak_bytes, training.peak_operator
 
 
 def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float]:
@@ -227,7 +235,10 @@ def main() -> None:
     start_process_group(device, trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
     before = measure_data()
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    found = run_trial(trial, steps, device) if steps else {"peak_bytes": measure_trial(trial)}
+    if steps:
+        found: dict[str, Any] = run_trial(trial, steps, device)
+    else:
+        found = dict(zip(("peak_bytes", "peak_operator"), locate_peak(trial), strict=True))
     print(json.dumps({**found, "data_bytes_before": before}), flush=True)
     os._exit(0)  # taking a process group down can wait for ranks that are gone
 

@@ -1,7 +1,6 @@
 """The real training step on fake tensors, and its memory to the byte.
 
-`trace_steps` runs the step that training runs, on an engine that was built as training builds it. `trace_step` does the
-same for any module and step function.
+`trace_steps` runs the step that training runs, on an engine that was built as training builds it.
 """
 
 from __future__ import annotations
@@ -48,6 +47,8 @@ class Trace:
     """Events of allocation and release, from building to the last step."""
 
     events: Sequence[Event]
+    largest_third_bytes: int = 0
+    """The largest tensor that adding gradients in place saved."""
 
     def peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once, after building."""
@@ -137,7 +138,7 @@ def trace_steps(
             tracker.step += 1
             with tracker:
                 train_step(PhasedEngine(engine, tracker), [batch])
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
+    return Trace(list(tracker.events), tracker.largest_third)  # without what happens when all of this is let go
 
 
 class PhasedEngine:
@@ -164,40 +165,6 @@ class PhasedEngine:
             norm = self.engine.step()
         self.tracker.phase = "forward"
         return norm
-
-
-def trace_step(
-    step: Callable[[], Any],
-    *,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None = None,
-    mode: FakeTensorMode,
-    steps: int = STEPS,
-) -> Trace:
-    """Any step function over `modules` and `optimizer`, whose tensors were made inside the `fake_world` of `mode`."""
-    tracker = Tracker()
-    tracker.phase = "forward"
-    for root, module in modules.items():
-        tracker.names.update({part: f"{root}.{name}".rstrip(".") for name, part in module.named_modules()})
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    with ExitStack() as stack:
-        stack.enter_context(mode)
-        for parameter in parameters:
-            tracker.note(parameter.data, "weights")
-        for module in modules.values():
-            for buffer in module.buffers():
-                tracker.note(buffer, "weights")
-        if optimizer is not None:
-            stack.enter_context(note_states(tracker, optimizer))
-        for parameter in parameters:
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(lambda p: note_gradients(tracker, [p]))
-                stack.callback(hook.remove)
-        for _ in range(steps):
-            tracker.step += 1
-            with tracker:
-                step()
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
 
 
 def note_gradients(tracker: Tracker, parameters: Iterable[nn.Parameter]) -> None:

@@ -79,6 +79,8 @@ class Allocations:
     """Most that was live at once, of what was allocated since."""
     left_bytes: int = 0
     """Still live at the end."""
+    peak_operator: str = ""
+    """The innermost operator that ran at the peak."""
 
 
 @contextmanager
@@ -90,7 +92,13 @@ def count_cpu_allocations() -> Iterator[Allocations]:
         yield found
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        found.left_bytes += event.nbytes()
-        found.peak_bytes = max(found.peak_bytes, found.left_bytes)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = 0
+    for event in events:
+        if event.name() == "[memory]":
+            found.left_bytes += event.nbytes()
+            if found.left_bytes > found.peak_bytes:
+                found.peak_bytes, now = found.left_bytes, event.start_ns()
+    for event in events:  # the last to begin before the peak and to end after it is the innermost
+        if event.name() != "[memory]" and event.start_ns() <= now <= event.start_ns() + event.duration_ns():
+            found.peak_operator = event.name()

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from bigvivit.forecast.fake import fake_world
-from bigvivit.forecast.trace import Trace, trace_step
-from bigvivit.memory.measure import count_cpu_allocations
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.trial import Trial, measure_trial, trace_trial
 from tests.launching import ROOT, environment, free_port
@@ -124,55 +120,6 @@ def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> Non
     forecast = answer(run(["-c", ON_RANKS, text]))
     assert forecast["peak_bytes"] == pytest.approx(real, rel=0.01)
     assert sum(forecast["causes"].values()) == forecast["peak_bytes"]
-
-
-class Block(nn.Module):
-    """Not ours: two branches whose gradients meet, and an autocast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(512, 512), nn.Linear(512, 512)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return x + self.left(x).tanh() + self.right(x.relu()).float()
-
-
-def make_program() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    model = nn.Sequential(*(Block() for _ in range(3)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    x = torch.ones(256, 512)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return model, optimizer, step
-
-
-def trace_program() -> Trace:
-    with fake_world(host=False) as mode:
-        model, optimizer, step = make_program()
-    return trace_step(step, modules={"net": model}, optimizer=optimizer, mode=mode)
-
-
-def test_a_program_of_somebody_else() -> None:
-    with count_cpu_allocations() as building:
-        _, _, step = make_program()
-    with count_cpu_allocations() as running:
-        for _ in range(3):
-            step()
-    trace = trace_program()
-    unseen = 256 * 512 * 4  # the batch, which belongs to no module
-    assert trace.peak_bytes() + unseen == pytest.approx(building.left_bytes + running.peak_bytes, rel=0.02)
-
-
-def test_every_byte_has_a_cause_and_a_module() -> None:
-    made = [event.allocation for event in trace_program().events if event.change > 0]
-    assert {a.cause for a in made} == {"weights", "gradients", "optimizer state", "activations", "workspace"}
-    assert {a.module for a in made if a.cause == "activations"} >= {"net.0.left", "net.1.right"}
-    assert {a.module for a in made if a.cause == "gradients"} >= {"net.0.left", "net.1.right"}
 
 
 def test_recompute_shows_in_the_activations() -> None:
