@@ -59,6 +59,8 @@ class PlanConfig:
     """DeepSpeed configuration: ZeRO 1 to 3."""
     fsdp: bool = False
     """Shard with FSDP2."""
+    without: tuple[Literal["attention", "foreach", "in-place", "workspaces"], ...] = ()
+    """Corrections for CUDA to leave out; --explain lists them with what each makes."""
     explain: bool = False
     """Say what the peak is made of."""
     timeline: Path | None = None
@@ -72,6 +74,11 @@ class PlanConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
+        if self.fsdp and self.optimizer.endswith("8bit"):
+            raise ConfigError(
+                f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
+                f"parameters; take {self.optimizer.removesuffix('8bit')}, or ds_configs/zero3.json"
+            )
         if self.timeline is not None and not self.timeline.absolute().parent.is_dir():
             raise ConfigError(f"timeline={self.timeline}: {self.timeline.parent} is not a folder; give another")
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
@@ -115,8 +122,8 @@ def plan(config: PlanConfig) -> None:
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
     with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
-        trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
-    verdict = judge(trace, card, ranks=config.ranks)
+        trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
+    verdict = judge(trace, card, ranks=config.ranks, without=config.without)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline
 
@@ -127,6 +134,7 @@ def plan(config: PlanConfig) -> None:
     print_verdict(trial, card, verdict)
     if config.explain:
         print_composition(verdict)
+        print_corrections(verdict, config)
     if config.timeline is not None:
         print(f"wrote {config.timeline}")
 
@@ -186,3 +194,17 @@ def print_composition(verdict: Verdict) -> None:
     console.print("outside of the trace:")
     for line in verdict.overhead.explain():
         console.print(f"  {line}")
+
+
+def print_corrections(verdict: Verdict, config: PlanConfig) -> None:
+    """What stands for CUDA where fake tensors on the CPU would have done otherwise."""
+    from bigvivit.forecast.card import corrected_bytes
+    from bigvivit.forecast.corrections import CORRECTIONS
+
+    made = corrected_bytes(verdict.trace, verdict.overhead)
+    print("corrections for CUDA, none of them compared with a GPU, and what each makes at most at once:")
+    for correction in CORRECTIONS:
+        size = made[correction.name]
+        amount = f"{'-' * (size < 0)}{format_bytes(abs(size))}"
+        amount = "left out" if correction.name in config.without else amount
+        print(f"  {correction.name}: {amount}; {correction.what} ({correction.source})")

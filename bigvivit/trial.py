@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.fake import fake_ranks
 from bigvivit.forecast.trace import STEPS, Trace, trace_steps
 from bigvivit.memory.apply import apply_plan
@@ -114,12 +116,20 @@ def build_trial(
 
 
 def trace_trial(
-    trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False, repeat: bool = True
+    trial: Trial,
+    *,
+    free_bytes: int,
+    host: bool = False,
+    foreach: bool = False,
+    card: Accelerator | None = None,
+    without: Collection[Name] = (),
+    repeat: bool = True,
 ) -> Trace:
     """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
 
     `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
-    they do on CUDA. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
+    they do on CUDA; `card` makes these and all other corrections of `forecast/corrections.py` but for those in
+    `without`. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
     """
 
     if is_quantized(trial.plan.storage):
@@ -129,8 +139,8 @@ def trace_trial(
         engine, batch = build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
         optimizer: torch.optim.Optimizer = engine.optimizer  # type: ignore[attr-defined]
         for group in optimizer.param_groups:
-            if "foreach" in group:
-                group["foreach"] = foreach
+            if foreach and "foreach" in group:
+                group["foreach"] = True
         return engine, batch
 
     with ExitStack() as stack:
@@ -138,7 +148,7 @@ def trace_trial(
         stack.enter_context(fake_engine(trial))
         if trial.optimizer.endswith("8bit"):
             stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
-        return trace_steps(build, host=host, repeat=repeat)
+        return trace_steps(build, host=host, card=card, without=without, repeat=repeat)
 
 
 @contextmanager

@@ -1,14 +1,16 @@
-"""What a CUDA run allocates otherwise than the CPU whose operators are traced: each difference by name, to be left out.
+"""What a CUDA run allocates otherwise than the fake CPU tensors that are traced: each difference by name, to be left out.
 
-Nothing here has been compared with a GPU of ours: sizes follow PyTorch's source. A trace for a CPU target applies none.
+Nothing here has been compared with a GPU of ours: sizes follow PyTorch's source. A trace for a CPU target applies none
+but `in-place`, which the CPU allocator's own count shows.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -20,44 +22,50 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bigvivit.forecast.accelerators import Accelerator, Kernel
 from bigvivit.forecast.tracker import Tracker
 
-ATTENTION, FOREACH, WORKSPACES = "attention kernel", "foreach optimizer", "cuBLAS workspaces"
+Name = Literal["attention", "foreach", "in-place", "workspaces"]
 
 
 @dataclass(frozen=True)
 class Correction:
     """One difference."""
 
-    name: str
+    name: Name
     what: str
     source: str
 
 
 CORRECTIONS = (
     Correction(
-        ATTENTION,
+        "attention",
         "scaled_dot_product_attention by the kernel that card, type and shape get, with what it keeps and its scratch",
-        "sdp_utils.cpp; flash_api.cpp, mha_bwd; mem_eff_attention, kernel_backward.h (gradients of half types: bound)",
+        "sdp_utils.cpp; flash_api.cpp, mha_bwd; mem_eff_attention/kernel_backward.h (half types there: an upper bound)",
     ),
     Correction(
-        FOREACH,
+        "foreach",
         "optimizers and clipping take all parameters at once, and so do their temporaries",
         "torch/optim/optimizer.py, _default_to_fused_or_foreach",
     ),
     Correction(
-        WORKSPACES, "one for each thread that runs matrix products: the caller's and autograd's", "forecast/overhead.py"
+        "in-place",
+        "autograd adds to gradients that nobody else holds, and scatters into them; for CPU targets too, since only fake "
+        "tensors do otherwise",
+        "input_buffer.cpp; FunctionsManual.cpp",
+    ),
+    Correction(
+        "workspaces",
+        "cuBLAS has one for each thread that runs matrix products: the caller's and autograd's",
+        "CublasHandlePool.cpp, see forecast/overhead.py",
     ),
 )
-"""Those of CUDA. That autograd adds gradients in place where nobody else holds them is true on every device, and only
-fake tensors do otherwise: `Tracker.in_place` corrects it for all targets."""
 
 
 @contextmanager
-def as_on_cuda(tracker: Tracker, card: Accelerator, without: Collection[str] = ()) -> Iterator[None]:
+def as_on_cuda(tracker: Tracker, card: Accelerator, without: Collection[Name] = ()) -> Iterator[None]:
     """Inside, operators allocate as on this card, but for the corrections that are left out by name."""
     with ExitStack() as stack:
-        if ATTENTION not in without:
+        if "attention" not in without:
             stack.enter_context(attend_as_on_cuda(tracker, card.kernels))
-        if FOREACH not in without:
+        if "foreach" not in without:
             stack.enter_context(foreach_as_on_cuda())
         yield
 
@@ -65,9 +73,10 @@ def as_on_cuda(tracker: Tracker, card: Accelerator, without: Collection[str] = (
 @contextmanager
 def foreach_as_on_cuda() -> Iterator[None]:
     """PyTorch takes fake tensors on the CPU for what it would update all at once."""
-    devices = torch.utils._foreach_utils._get_foreach_kernels_supported_devices
+    modules = [sys.modules[f"torch.{name}"] for name in ("utils._foreach_utils", "optim.optimizer")]
+    devices = modules[0]._get_foreach_kernels_supported_devices
     with ExitStack() as stack:
-        for module in (torch.utils._foreach_utils, torch.optim.optimizer):
+        for module in modules:
             stack.enter_context(
                 patch.object(module, "_get_foreach_kernels_supported_devices", lambda: [*devices(), "cpu"])
             )
@@ -91,7 +100,9 @@ def attend_as_on_cuda(tracker: Tracker, kernels: Collection[Kernel]) -> Iterator
     """Replace the function that everybody calls for attention."""
     original = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Any:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Any:
         if torch.is_autocast_enabled(query.device.type):  # as it does for the operator
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -133,9 +144,7 @@ class FusedAttention(torch.autograd.Function):
                 rows, columns = up(length, 128), up(width, 32 if width <= 128 else 64)
             else:  # fp32 is added up where it is; half types are in tiles beside
                 rows, columns = up(length, 64), up(width, 64) if query.dtype.itemsize == 2 else 0
-            scratch = [
-                query.new_empty(batch, heads, rows, size, dtype=torch.float32) for size in (1, columns) if size
-            ]
+            scratch = [query.new_empty(batch, heads, rows, size, dtype=torch.float32) for size in (1, columns) if size]
             del scratch
         return *grads, None, None
 

@@ -22,7 +22,7 @@ from torch.utils import swap_tensors
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.corrections import as_on_cuda
+from bigvivit.forecast.corrections import Name, as_on_cuda
 from bigvivit.forecast.fake import fake_tensor, replace_parameters
 from bigvivit.forecast.trace import STEPS, Trace, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
@@ -34,7 +34,7 @@ def trace_step(
     modules: nn.Module | Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     card: Accelerator | None = None,
-    without: Collection[str] = (),
+    without: Collection[Name] = (),
     steps: int = STEPS,
 ) -> Trace:
     """Every allocation and release of `steps` calls of `step`, a function that makes one training step of anything.
@@ -56,7 +56,7 @@ def trace_step(
     `modules` hold all that is trained, and `optimizer` updates it; without either, gradients and states are counted as
     activations and workspace. They keep what they are and hold: while this runs, their tensors have no memory, so
     nothing is computed or changed. Build what is too large for this machine on the meta device, or all of the program
-    inside `fake_tensors()`. Other tensors that `step` uses count from their first use on, as input.
+    inside `fake_tensors()`. A graph that was made before cannot be run any more after it. Other tensors that `step` uses count from their first use on, as input.
 
     The program must run on the CPU, which stands for the device; `card` makes the corrections of
     `forecast/corrections.py` but for those named in `without`. Values do not exist: one that is read is 1. Raises
@@ -66,7 +66,7 @@ def trace_step(
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     parameters = [p for module in named.values() for p in module.parameters()]
     mode = next((p.fake_mode for p in parameters if isinstance(p, FakeTensor)), new_mode())
-    tracker = Tracker(inputs_of=mode)
+    tracker = Tracker(inputs_of=mode, in_place="in-place" not in without)
     tracker.phase = "forward"
     for root, module in named.items():
         tracker.names.update({part: f"{root}.{name}".strip(".") for name, part in module.named_modules()})

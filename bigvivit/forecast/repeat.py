@@ -96,8 +96,9 @@ def learn(tracker: Tracker, first: int, events: list[Event], output: Any, module
             if a not in kept or a.nbytes != leaf.nbytes:
                 return None  # a view
             kept.remove(a)
-            leaf = Output(places[a], leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-        outputs.append(leaf)
+            outputs.append(Output(places[a], leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        else:
+            outputs.append(leaf)
     if kept:
         return None
     changes = [(places[event.allocation], event.change) for event in events]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.corrections import Name, as_on_cuda
 from bigvivit.forecast.fake import fake_world, on_host
 from bigvivit.forecast.repeat import repeat_layers
 from bigvivit.forecast.tracker import Allocation, Event, Tracker
@@ -107,17 +108,26 @@ class Trace:
 
 
 def trace_steps(
-    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS, repeat: bool = True
+    build: Callable[[], tuple[Engine, LabelledClips]],
+    *,
+    host: bool = False,
+    card: Accelerator | None = None,
+    without: Collection[Name] = (),
+    steps: int = STEPS,
+    repeat: bool = True,
 ) -> Trace:
     """`steps` train steps of the engine that `build()` gives, with the batch that it gives.
 
-    `host`: the target's memory is another than the host's, where clips and what is offloaded live. `repeat`: of a
+    `host`: the target's memory is another than the host's, where clips and what is offloaded live. `card` makes the
+    corrections of `forecast/corrections.py` but for those named in `without`. `repeat`: of a
     frozen tower's layers and chunks that are alike one runs, and its events stand for all: the trace is the same.
     """
-    tracker = Tracker(collective_scratch=not host)
+    tracker = Tracker(collective_scratch=not host, in_place="in-place" not in without)
     with ExitStack() as stack:
         mode = stack.enter_context(fake_world(host=host))
         stack.enter_context(label_streams(tracker))
+        if card is not None:
+            stack.enter_context(as_on_cuda(tracker, card, without))
         if repeat:
             stack.enter_context(repeat_layers(tracker, mode))
         with tracker:
