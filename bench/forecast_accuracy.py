@@ -173,7 +173,8 @@ def main(arguments: Arguments) -> None:
     stem = write_report(
         arguments.results, "forecast_accuracy", device=torch.device("cpu"), settings=settings, rows=rows
     )
-    kept.unlink()
+    if not arguments.only:
+        kept.unlink()
     for what, limit in (("1 rank", 0.1), ("2 ranks", 1.0)):
         errors = [abs(row["error_percent"]) for row in rows if ("2 ranks" in row["cell"]) == (what == "2 ranks")]
         print(f"{what}: {sum(e <= limit for e in errors)} of {len(errors)} cells within {limit} %, "

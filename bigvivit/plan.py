@@ -65,6 +65,8 @@ class PlanConfig:
     """Say what the peak is made of."""
     timeline: Path | None = None
     """Write a picture of memory over the steps: one HTML file."""
+    snapshot: Path | None = None
+    """Write the trace as a memory snapshot that pytorch.org/memory_viz shows: a pickle of plain data, without code."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -79,8 +81,10 @@ class PlanConfig:
                 f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
                 f"parameters; take {self.optimizer.removesuffix('8bit')}, or ds_configs/zero3.json"
             )
-        if self.timeline is not None and not self.timeline.absolute().parent.is_dir():
-            raise ConfigError(f"timeline={self.timeline}: {self.timeline.parent} is not a folder; give another")
+        for name in ("timeline", "snapshot"):
+            path = getattr(self, name)
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"{name}={path}: {path.parent} is not a folder; give another")
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
         check_frames(self.frames, self.tubelet)
         check_memory(self.memory, self.stage)
@@ -128,6 +132,10 @@ def plan(config: PlanConfig) -> None:
         from bigvivit.forecast.timeline import write_timeline
 
         write_timeline(trace, config.timeline, describe(trial, card), limit_bytes=there)
+    if config.snapshot is not None:
+        from bigvivit.forecast.memory_viz import write_snapshot
+
+        write_snapshot(trace, config.snapshot)
     if config.json:
         print(json.dumps(to_json(config, card, verdict), indent=2))
         return
@@ -135,8 +143,9 @@ def plan(config: PlanConfig) -> None:
     if config.explain:
         print_composition(verdict)
         print_corrections(verdict, config)
-    if config.timeline is not None:
-        print(f"wrote {config.timeline}")
+    for path in (config.timeline, config.snapshot):
+        if path is not None:
+            print(f"wrote {path}")
 
 
 def describe(trial: Trial, card: Accelerator) -> str:

@@ -1,4 +1,4 @@
-"""What a CUDA run allocates otherwise than the fake CPU tensors that are traced: each difference by name, to be left out.
+"""What a CUDA run allocates otherwise than the fake CPU tensors that are traced: differences by name, to be left out.
 
 Nothing here has been compared with a GPU of ours: sizes follow PyTorch's source. A trace for a CPU target applies none
 but `in-place`, which the CPU allocator's own count shows.
@@ -47,8 +47,8 @@ CORRECTIONS = (
     ),
     Correction(
         "in-place",
-        "autograd adds to gradients that nobody else holds, and scatters into them; for CPU targets too, since only fake "
-        "tensors do otherwise",
+        "autograd adds to gradients that nobody else holds, and scatters into them; for CPU targets too, since only "
+        "fake tensors do otherwise",
         "input_buffer.cpp; FunctionsManual.cpp",
     ),
     Correction(

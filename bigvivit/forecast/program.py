@@ -55,8 +55,9 @@ def trace_step(
 
     `modules` hold all that is trained, and `optimizer` updates it; without either, gradients and states are counted as
     activations and workspace. They keep what they are and hold: while this runs, their tensors have no memory, so
-    nothing is computed or changed. Build what is too large for this machine on the meta device, or all of the program
-    inside `fake_tensors()`. A graph that was made before cannot be run any more after it. Other tensors that `step` uses count from their first use on, as input.
+    nothing is computed or changed. Graphs that were made before cannot be run any more. Build what is too large for
+    this machine on the meta device, or all of the program inside `fake_tensors()`. Other tensors that `step` uses
+    count from their first use on, as input.
 
     The program must run on the CPU, which stands for the device; `card` makes the corrections of
     `forecast/corrections.py` but for those named in `without`. Values do not exist: one that is read is 1. Raises

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.cuda._memory_viz
 
+from bigvivit.forecast.memory_viz import write_snapshot
+from bigvivit.forecast.snapshot import read_trace
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.trial import Trial, measure_trial, trace_trial
 from tests.launching import ROOT, environment, free_port
@@ -148,3 +153,28 @@ def test_frames_cost_hidden_states_in_layer_major_order_and_nothing_chunk_by_chu
     grown = peak(128, "all") - peak(64, "all")
     assert hidden * more <= grown <= 1.1 * hidden * more
     assert peak(128, 4) - peak(64, 4) < 0.05 * hidden * more
+
+
+def test_memory_viz_reads_it_and_nothing_in_it_is_code(tmp_path: Path) -> None:
+    trial = Trial(stage=2, tower="vit-demo", size=48, frames=8, temporal_depth=1, plan=MemoryPlan(compute="bf16"))
+    trace = trace_trial(trial, free_bytes=PLENTY, host=True)
+    write_snapshot(trace, tmp_path / "snapshot.pickle")
+    read = read_trace(tmp_path / "snapshot.pickle")  # refuses a pickle that names code
+    live = peak = 0
+    for event in read.events:
+        live += {"a": 1, "f": -1}.get(event.kind, 0) * event.size
+        peak = max(peak, live)
+    assert peak == max(trace.peak_bytes(), trace.building_peak_bytes())
+    assert live == trace.left_bytes()
+    data = pickle.loads((tmp_path / "snapshot.pickle").read_bytes())
+    assert "snapshot.pickle" in torch.cuda._memory_viz.trace_plot(data)
+
+
+def test_steps_phases_and_devices_are_told_apart() -> None:
+    trial = Trial(stage=2, tower="vit-demo", size=48, frames=8, temporal_depth=1, optimizer="adamw")
+    trace = trace_trial(trial, free_bytes=PLENTY, host=True)
+    assert {event.step for event in trace.events} == {0, 1, 2, 3}
+    assert {event.phase for event in trace.events if event.step == 2} == {"forward", "backward", "optimizer"}
+    states = [e.step for e in trace.events if e.allocation.cause == "optimizer state" and e.change > 0]
+    assert set(states) == {1}
+    assert {event.allocation.device for event in trace.events} == {"cpu", "host"}
