@@ -135,7 +135,7 @@ class FusedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
         batch, heads, length, width = query.shape
         with ctx.tracker.operator(f"attention: {ctx.kernel}, backward"):

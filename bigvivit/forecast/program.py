@@ -151,7 +151,8 @@ def without_weak_references(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Recurrent networks note weakly what their weights were; what is referred to weakly cannot be swapped."""
     recurrent = [part for module in modules for part in module.modules() if isinstance(part, nn.RNNBase)]
     for part in recurrent:
-        part._flat_weight_refs = [partial(strongly, weight) for weight in part._flat_weights]
+        references: Any = [partial(strongly, weight) for weight in part._flat_weights]
+        part._flat_weight_refs = references
     try:
         yield
     finally:
@@ -159,7 +160,7 @@ def without_weak_references(modules: Iterable[nn.Module]) -> Iterator[None]:
             part._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in part._flat_weights]
 
 
-def strongly(weight: Tensor) -> Tensor:
+def strongly(weight: Tensor | None) -> Tensor | None:
     """As a weak reference is called."""
     return weight
 
@@ -170,7 +171,7 @@ def imitate(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     fake = fake_tensor(mode, tensor.shape, tensor.stride(), tensor.dtype, device)
     fake.requires_grad_(tensor.requires_grad)
     if isinstance(tensor, nn.Parameter):
-        fake._is_param = True  # type: ignore[attr-defined]
+        fake._is_param = True
     if tensor.grad is not None:
         with torch.no_grad():
             fake.grad = fake_tensor(mode, tensor.grad.shape, tensor.grad.stride(), tensor.grad.dtype, device)

@@ -6,7 +6,7 @@ graph for a backward nothing of it is left but what it returns, so its events ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +54,7 @@ def repeat_layers(tracker: Tracker, mode: FakeTensorMode) -> Iterator[None]:
     run = stream.functional_call
     known: dict[Any, Pattern] = {}
 
-    def call(layer: nn.Module, weights: Mapping[str, Tensor], inputs: tuple[Tensor, ...], extras: Any) -> Any:
+    def call(layer: nn.Module, weights: dict[str, Tensor], inputs: tuple[Tensor, ...], extras: Any) -> Any:
         if torch.is_grad_enabled():
             return run(layer, weights, inputs, extras)
         module, key = tracker.current_module("forward"), (repr(layer), form((weights, inputs, extras)))

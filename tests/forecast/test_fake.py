@@ -108,7 +108,8 @@ def test_deepspeed_still_needs_each_answer(engine: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_still_builds_its_collective() -> None:
-    change = "del module.FAKE_ANSWERS['build_shm_op']; patch('deepspeed.comm.torch.build_shm_op', side_effect=KeyError('built')).start()"
+    raising = "patch('deepspeed.comm.torch.build_shm_op', side_effect=KeyError('built')).start()"
+    change = f"del module.FAKE_ANSWERS['build_shm_op']; {raising}"
     done = in_child("zero3", change)
     assert done.returncode != 0
     assert "built" in done.stderr
