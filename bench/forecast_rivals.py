@@ -92,6 +92,7 @@ def mem_tracker(trial: Trial, steps: int) -> int:
         tracker.track_external(engine.module, engine.optimizer, batch.clips)
         with tracker, Values():
             for _ in range(steps):
+                tracker.reset_mod_stats()  # else it stops at a module's second forward
                 train_step(engine, [batch])
         return read_peak(tracker)
 
@@ -105,6 +106,7 @@ def fsdp_mem_tracker(trial: Trial, steps: int) -> int:
         tracker.track_inputs((batch.clips,))
         with tracker, Values():
             for _ in range(steps):
+                tracker.reset_mod_stats()  # else it stops at a module's second forward
                 train_step(engine, [batch])
         return read_peak(tracker)
 
