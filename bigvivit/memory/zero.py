@@ -214,16 +214,12 @@ def gather_at_once(
 
 
 FAKE_ANSWERS: dict[str, Callable[..., Any]] = {
-    # Would look whether the norm of the gradients, which has no value, is a number.
+    # Would look whether the norm of the gradients is a number: every value is taken for 1 in a trace, which is "no".
     "is_invalid_grad_norm": lambda *_, **__: False,
-    # Ask what another rank has, or compare with it: there is none, and what a collective receives has no value.
-    "get_lst_from_rank0": lambda values: values,
-    "assert_ints_same_as_other_ranks": lambda values: None,
-    "assert_lst_len_same_as_other_ranks": lambda values: None,
     # Would compile the collective over shared memory and call it past PyTorch, where there is no fake one.
     "build_shm_op": lambda: None,
 }
-"""What stands in for functions of DeepSpeed that need values or ranks, by name, in every module of it that has them."""
+"""What stands in for functions of DeepSpeed, by name, in every module of it that has them."""
 
 
 @contextmanager
