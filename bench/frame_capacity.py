@@ -188,7 +188,7 @@ class Forecast:
         trial = replace(self.trial, frames=frames)
         if card is not None:
             trial = replace(trial, plan=resolve_types(trial.plan, card))
-        trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, foreach=card is not None)
+        trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, card=card)
         self.peaks[frames] = trace.peak_bytes()
         within = self.peaks[frames] <= self.room_bytes
         fits = within if card is None else judge(trace, card, ranks=trial.world).fits[1]

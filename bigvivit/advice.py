@@ -261,15 +261,18 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
     from bigvivit.forecast.allocator import Allocator
     from bigvivit.forecast.card import allocator_events, judge
     from bigvivit.forecast.composition import describe_peak
+    from bigvivit.forecast.hardware import accelerator_by_hand
     from bigvivit.forecast.simulate import simulate
     from bigvivit.plan import find_hardware
 
-    steps = STEPS if trial.ds is None else ZERO_STEPS
-    trace = trace_trial(trial, free_bytes=room.room_bytes, host=room.cuda, foreach=room.cuda, steps=steps)
+    steps, card = STEPS if trial.ds is None else ZERO_STEPS, None
+    if room.cuda:
+        card = find_hardware(room.hardware) if room.hardware else accelerator_by_hand(room.room_bytes)
+    trace = trace_trial(trial, free_bytes=room.room_bytes, host=room.cuda, card=card, steps=steps)
     peak, composition = max(trace.peak_bytes(), trace.building_peak_bytes()), list(describe_peak(trace))
-    if room.hardware is not None:
-        return Forecast(peak, judge(trace, find_hardware(room.hardware), ranks=trial.world).fits[0]), composition
-    if not room.cuda:
+    if card is not None and room.hardware is not None:
+        return Forecast(peak, judge(trace, card, ranks=trial.world).fits[0]), composition
+    if card is None:
         return Forecast(peak, peak <= room.room_bytes), composition
     run = simulate(list(allocator_events(trace)), Allocator(AllocatorSettings(), capacity_bytes=room.room_bytes))
     return Forecast(peak, run.out_of_memory is None), composition

@@ -59,10 +59,14 @@ class PlanConfig:
     """DeepSpeed configuration: ZeRO 1 to 3."""
     fsdp: bool = False
     """Shard with FSDP2."""
+    without: tuple[Literal["attention", "foreach", "in-place", "workspaces"], ...] = ()
+    """Corrections for CUDA to leave out; --explain lists them with what each makes."""
     explain: bool = False
     """Say what the peak is made of."""
     timeline: Path | None = None
     """Write a picture of memory over the steps: one HTML file."""
+    snapshot: Path | None = None
+    """Write the trace as a memory snapshot that pytorch.org/memory_viz shows: a pickle of plain data, without code."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -72,8 +76,15 @@ class PlanConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
-        if self.timeline is not None and not self.timeline.absolute().parent.is_dir():
-            raise ConfigError(f"timeline={self.timeline}: {self.timeline.parent} is not a folder; give another")
+        if self.fsdp and self.optimizer.endswith("8bit"):
+            raise ConfigError(
+                f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
+                f"parameters; take {self.optimizer.removesuffix('8bit')}, or ds_configs/zero3.json"
+            )
+        for name in ("timeline", "snapshot"):
+            path = getattr(self, name)
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"{name}={path}: {path.parent} is not a folder; give another")
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
         check_frames(self.frames, self.tubelet)
         check_memory(self.memory, self.stage)
@@ -115,12 +126,16 @@ def plan(config: PlanConfig) -> None:
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
     with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
-        trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
-    verdict = judge(trace, card, ranks=config.ranks)
+        trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
+    verdict = judge(trace, card, ranks=config.ranks, without=config.without)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline
 
         write_timeline(trace, config.timeline, describe(trial, card), limit_bytes=there)
+    if config.snapshot is not None:
+        from bigvivit.forecast.memory_viz import write_snapshot
+
+        write_snapshot(trace, config.snapshot)
     if config.json:
         print(json.dumps(to_json(config, card, verdict), indent=2))
         return
@@ -129,12 +144,14 @@ def plan(config: PlanConfig) -> None:
         print_composition(verdict)
         if trial.stage == 2:
             print("\n".join(compare_sharding(trial, card)))
+        print_corrections(verdict, config)
     if not verdict.fits[1]:
         from bigvivit.advice import Room, ask_for_advice
 
         print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
-    if config.timeline is not None:
-        print(f"wrote {config.timeline}")
+    for path in (config.timeline, config.snapshot):
+        if path is not None:
+            print(f"wrote {path}")
 
 
 def describe(trial: Trial, card: Accelerator) -> str:
@@ -203,3 +220,17 @@ def compare_sharding(trial: Trial, card: Accelerator) -> list[str]:
             compute=cast(DType, trial.plan.compute),
         )
     )
+
+
+def print_corrections(verdict: Verdict, config: PlanConfig) -> None:
+    """What stands for CUDA where fake tensors on the CPU would have done otherwise."""
+    from bigvivit.forecast.card import corrected_bytes
+    from bigvivit.forecast.corrections import CORRECTIONS
+
+    made = corrected_bytes(verdict.trace, verdict.overhead)
+    print("corrections for CUDA, none of them compared with a GPU, and what each makes at most at once:")
+    for correction in CORRECTIONS:
+        size = made[correction.name]
+        amount = f"{'-' * (size < 0)}{format_bytes(abs(size))}"
+        amount = "left out" if correction.name in config.without else amount
+        print(f"  {correction.name}: {amount}; {correction.what} ({correction.source})")

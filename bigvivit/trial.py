@@ -10,8 +10,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from bigvivit import assemble
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.fake import fake_ranks
 from bigvivit.forecast.sharding import TowerSize, size_tower
 from bigvivit.forecast.trace import STEPS, Trace, repeat_batch, trace_steps
@@ -29,7 +31,7 @@ from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.memory.quantize import is_quantized, value_dtype
+from bigvivit.memory.quantize import eight_bit_on_fake_tensors, is_quantized, value_dtype
 from bigvivit.memory.ranks import start_process_group
 from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.towers import build_tower, resolve_tower
@@ -122,25 +124,34 @@ def build_trial(
 
 
 def trace_trial(
-    trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False, steps: int = STEPS
+    trial: Trial,
+    *,
+    free_bytes: int,
+    host: bool = False,
+    card: Accelerator | None = None,
+    without: Collection[Name] = (),
+    steps: int = STEPS,
+    repeat: bool = True,
 ) -> Trace:
     """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
 
-    `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
-    they do on CUDA. For a process without a process group; after a trace of ZeRO, for one that does nothing else.
+    `host`: the device's memory is another than the host's; `card` makes the corrections of `forecast/corrections.py`
+    but for those in `without`. For a process without a process group; after a trace of ZeRO, for one that does nothing
+    else.
     """
     import_early(trial)
 
     def build() -> tuple[Engine, LabelledClips]:
-        engine, batch = build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
-        optimizer: torch.optim.Optimizer = engine.optimizer  # type: ignore[attr-defined]
-        for group in optimizer.param_groups:
-            if "foreach" in group:
-                group["foreach"] = foreach
-        return engine, batch
+        return build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
 
-    with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
-        return trace_steps(build, host=host, steps=steps, accumulate=trial.accumulate)
+    with ExitStack() as stack:
+        stack.enter_context(fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp))
+        stack.enter_context(fake_engine(trial))
+        if trial.optimizer.endswith("8bit"):
+            stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
+        return trace_steps(
+            build, host=host, card=card, without=without, steps=steps, accumulate=trial.accumulate, repeat=repeat
+        )
 
 
 def import_early(trial: Trial) -> None:
@@ -196,19 +207,27 @@ def fill_nothing(name: str, piece: torch.nn.Module) -> None:
 
 def shorten(config: Any, layers: int) -> Any:
     """A copy of a tower's configuration with fewer layers."""
-    return type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    values = {**config.to_dict(), "num_hidden_layers": layers}
+    for name in ("out_features", "out_indices", "stage_names"):  # of backbones, which count the layers too
+        values.pop(name, None)
+    return type(config).from_dict(values)
 
 
 def measure_trial(trial: Trial, steps: int = STEPS) -> int:
     """Peak bytes of PyTorch's CPU allocator over real steps, by its own count. The process group must be there."""
+    return locate_peak(trial, steps)[0]
+
+
+def locate_peak(trial: Trial, steps: int = STEPS) -> tuple[int, str]:
+    """`measure_trial`, and the operator that ran at the peak."""
     device = torch.device("cpu")
     with count_cpu_allocations() as building:
         engine, batch = build_trial(trial, device)
         batches = repeat_batch(batch, trial.accumulate)
-    with count_cpu_allocations() as training:
+    with count_cpu_allocations(operators=True) as training:
         for _ in range(steps):
             train_step(engine, batches)
-    return building.left_bytes + training.peak_bytes
+    return building.left_bytes + training.peak_bytes, training.peak_operator
 
 
 def measure_parts(trial: Trial) -> dict[str, float]:
@@ -294,7 +313,7 @@ def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float
 def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work.wait, **options: Any) -> bool:
     """Wait, and let gloo's thread let go first: what it frees, this thread's count would never see."""
     done: bool = original(work, *arguments, **options)
-    time.sleep(0.003)
+    time.sleep(0.03)  # a busy machine takes a while to come to it
     return done
 
 
@@ -309,9 +328,9 @@ def main() -> None:
     dist.Work.wait = wait_for_threads  # type: ignore[method-assign,assignment]
     start_process_group(device, trial.world, deepspeed=trial.ds is not None, fsdp=trial.fsdp)
     before = measure_data()
-    found: dict[str, float]
+    found: dict[str, Any]
     if len(sys.argv) < 3:
-        found = {"peak_bytes": measure_trial(trial)}
+        found = dict(zip(("peak_bytes", "peak_operator"), locate_peak(trial), strict=True))
     elif sys.argv[2] == "parts":
         found = measure_parts(trial)
     else:

@@ -42,6 +42,15 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert ": fits (forecast)" in plan(*kept, *given).stdout, given
 
 
+def test_corrections_are_named_sized_and_left_out() -> None:
+    words = ["--tower", "vit-b", "--frames", "8", "--stage", "1", "--hardware", "A100 80GB", "--explain"]
+    words += ["--optimizer", "adamw8bit"]
+    made, left = (plan(*words, *more).stdout for more in ([], ["--without", "attention", "workspaces"]))
+    for name in ("attention", "in-place", "workspaces"):
+        assert re.search(rf"^  {name}: -?\d+", made, re.MULTILINE), made
+    assert re.findall(r"^  (\S+): left out", left, re.MULTILINE) == ["attention", "workspaces"]
+
+
 def test_what_does_not_fit_says_what_it_could_not_get() -> None:
     done = plan("--tower", "vit-g", "--frames", "8", "--stage", "1", "--hardware", "2080 Ti", "--json")
     assert done.returncode == 0, done.stderr
@@ -67,6 +76,7 @@ def test_sharding_over_ranks_that_do_not_exist(ranks: str) -> None:
         (["--hardware", "24GiB", "--frames", "7"], "frames"),
         (["--hardware", "24GiB", "--tower", "no/such-tower-here"], "no/such-tower-here"),
         (["--hardware", "24GiB", "--fsdp", "--ds", "ds_configs/zero3.json"], "two ways to shard"),
+        (["--hardware", "24GiB", "--fsdp", "--optimizer", "sgd8bit"], "bitsandbytes cannot update FSDP2's"),
         (["--hardware", "100MiB"], "give more"),
         (["--hardware", "24GiB", "--stage", "1", "--memory.placement", "disk"], "memory.placement"),
         (["--hardware", "24GiB", "--ranks", "0"], "ranks=0 must be at least 1"),

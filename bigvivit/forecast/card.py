@@ -7,12 +7,13 @@ both is a table of constants with sources and ranges (`forecast/overhead.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
 from bigvivit.forecast.allocator import Allocator
+from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.overhead import Overhead, capacity, forecast_overhead
 from bigvivit.forecast.simulate import Run, simulate
 from bigvivit.forecast.trace import Trace
@@ -49,7 +50,14 @@ class Verdict:
         return "might fit" if best else "does not fit"
 
 
-def judge(trace: Trace, accelerator: Accelerator, *, ranks: int, settings: AllocatorSettings | None = None) -> Verdict:
+def judge(
+    trace: Trace,
+    accelerator: Accelerator,
+    *,
+    ranks: int,
+    settings: AllocatorSettings | None = None,
+    without: Collection[Name] = (),
+) -> Verdict:
     """Replay the trace through the allocator model with what the card leaves. Raises ConfigError where that is nothing.
 
     The device's workspaces are requested first, as in the first matrix products of a run.
@@ -60,9 +68,23 @@ def judge(trace: Trace, accelerator: Accelerator, *, ranks: int, settings: Alloc
     runs = []
     for place, workspaces in zip(capacities, reversed(overhead.workspaces()), strict=True):
         allocator = Allocator(settings or AllocatorSettings(), capacity_bytes=place)
-        start = [("a", -1 - thread, workspaces, 0) for thread in range(THREADS)]
+        threads = 0 if "workspaces" in without else THREADS
+        start = [("a", -1 - thread, workspaces, 0) for thread in range(threads)]
         runs.append(simulate([*start, *program], allocator))
     return Verdict(trace, overhead, (runs[0], runs[1], runs[2]), capacities)
+
+
+def corrected_bytes(trace: Trace, overhead: Overhead) -> dict[Name, int]:
+    """What each correction made: the most that was live at once because of it, or, below 0, what was never there."""
+    most: dict[Name, int] = {"in-place": -trace.largest_third_bytes, "workspaces": THREADS * overhead.workspaces()[1]}
+    kinds: dict[Name, str] = {"attention": "attention: ", "foreach": "aten._foreach"}
+    for name, prefix in kinds.items():
+        live = most[name] = 0
+        for event in trace.events:
+            if event.allocation.op.startswith(prefix):
+                live += event.change
+                most[name] = max(most[name], live)
+    return most
 
 
 def allocator_events(trace: Trace, device: str = "cpu") -> Iterator[tuple[str, int, int, int]]:

@@ -6,7 +6,7 @@ host is on a device of another type, so that copies between the two are seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -79,10 +79,18 @@ def arrive(target: Tensor) -> placement.Here:
 
 
 def on_host(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A tensor like this one in the host's memory."""
+    """A contiguous tensor like this one in the host's memory."""
+    stride = torch._prims_common.make_contiguous_strides_for(tensor.shape)
+    return fake_tensor(mode, tensor.shape, stride, tensor.dtype, torch.device(HOST))
+
+
+def fake_tensor(
+    mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A fake tensor that no mode sees being made."""
     with torch._C._DisableTorchDispatch():
-        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return FakeTensor(mode, meta, torch.device(HOST))
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, device)
 
 
 def replace_parameters(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -33,7 +33,9 @@ def find_accelerator(name: str) -> Accelerator:
 
 
 def accelerator_by_hand(memory_bytes: int, capability: int | None = None) -> Accelerator:
-    """A device of which only the memory is known: nothing can be said of its speed."""
+    """A device of which only the memory is known: nothing can be said of its speed.
+
+    Its attention is taken for that of CUDA devices since capability 5.0, where nothing says otherwise."""
     if memory_bytes <= 0:
         raise ConfigError(f"memory={memory_bytes} must be above 0 bytes")
     return Accelerator(
@@ -43,7 +45,7 @@ def accelerator_by_hand(memory_bytes: int, capability: int | None = None) -> Acc
         bandwidth=None,
         rates={},
         capability=capability,
-        kernels=kernels_of(capability),
+        kernels=kernels_of(50 if capability is None else capability),
         link="unknown",
         link_bandwidth=None,
         host_bandwidth=None,

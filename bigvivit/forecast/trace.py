@@ -1,13 +1,12 @@
 """The real training step on fake tensors, and its memory to the byte.
 
-`trace_steps` runs the step that training runs, on an engine that was built as training builds it. `trace_step` does the
-same for any module and step function.
+`trace_steps` runs the step that training runs, on an engine that was built as training builds it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,11 +15,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
+from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.corrections import Name, as_on_cuda
 from bigvivit.forecast.fake import fake_world, on_host
+from bigvivit.forecast.repeat import repeat_layers
 from bigvivit.forecast.tracker import Allocation, Event, Tracker
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.placement import CpuPlacement, DiskPlacement
@@ -48,6 +49,8 @@ class Trace:
     """Events of allocation and release, from building to the last step."""
 
     events: Sequence[Event]
+    largest_third_bytes: int = 0
+    """The largest tensor that adding gradients in place saved."""
 
     def peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once, after building."""
@@ -106,14 +109,29 @@ class Trace:
 
 
 def trace_steps(
-    build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool = False, steps: int = STEPS, accumulate: int = 1
+    build: Callable[[], tuple[Engine, LabelledClips]],
+    *,
+    host: bool = False,
+    card: Accelerator | None = None,
+    without: Collection[Name] = (),
+    steps: int = STEPS,
+    accumulate: int = 1,
+    repeat: bool = True,
 ) -> Trace:
     """`steps` train steps of the engine that `build()` gives, each of `accumulate` micro-batches like the one it gives.
 
-    `host`: the target's memory is another than the host's, where clips and what is offloaded live.
+    `host`: the target's memory is another than the host's, where clips and what is offloaded live. `card` makes the
+    corrections of `forecast/corrections.py` but for those named in `without`. `repeat`: of a
+    frozen tower's layers and chunks that are alike one runs, and its events stand for all: the trace is the same.
     """
-    tracker = Tracker(collective_scratch=not host)
-    with fake_world(host=host) as mode, label_streams(tracker):
+    tracker = Tracker(collective_scratch=not host, in_place="in-place" not in without)
+    with ExitStack() as stack:
+        mode = stack.enter_context(fake_world(host=host))
+        stack.enter_context(label_streams(tracker))
+        if card is not None:
+            stack.enter_context(as_on_cuda(tracker, card, without))
+        if repeat:
+            stack.enter_context(repeat_layers(tracker, mode))
         with tracker:
             engine, batch = build()
             batches = repeat_batch(batch, accumulate)
@@ -134,7 +152,7 @@ def trace_steps(
             tracker.step += 1
             with tracker:
                 train_step(PhasedEngine(engine, tracker), batches)
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
+    return Trace(list(tracker.events), tracker.largest_third)  # without what happens when all of this is let go
 
 
 def repeat_batch(batch: LabelledClips, count: int) -> list[LabelledClips]:
@@ -167,40 +185,6 @@ class PhasedEngine:
             norm = self.engine.step()
         self.tracker.phase = "forward"
         return norm
-
-
-def trace_step(
-    step: Callable[[], Any],
-    *,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None = None,
-    mode: FakeTensorMode,
-    steps: int = STEPS,
-) -> Trace:
-    """Any step function over `modules` and `optimizer`, whose tensors were made inside the `fake_world` of `mode`."""
-    tracker = Tracker()
-    tracker.phase = "forward"
-    for root, module in modules.items():
-        tracker.names.update({part: f"{root}.{name}".rstrip(".") for name, part in module.named_modules()})
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    with ExitStack() as stack:
-        stack.enter_context(mode)
-        for parameter in parameters:
-            tracker.note(parameter.data, "weights")
-        for module in modules.values():
-            for buffer in module.buffers():
-                tracker.note(buffer, "weights")
-        if optimizer is not None:
-            stack.enter_context(note_states(tracker, optimizer))
-        for parameter in parameters:
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(lambda p: note_gradients(tracker, [p]))
-                stack.callback(hook.remove)
-        for _ in range(steps):
-            tracker.step += 1
-            with tracker:
-                step()
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
 
 
 def note_gradients(tracker: Tracker, parameters: Iterable[nn.Parameter]) -> None:

@@ -7,7 +7,6 @@ what the real program would allocate. What kernels allocate inside themselves no
 from __future__ import annotations
 
 import bisect
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 Phase = Literal["build", "forward", "backward", "optimizer"]
@@ -62,6 +63,10 @@ class Tracker(TorchDispatchMode):
     """Of modules, as people know them."""
     collective_scratch: bool = False
     """Count what gloo takes for itself."""
+    inputs_of: FakeTensorMode | None = None
+    """Count real tensors that come from outside, which this mode takes in as fake ones."""
+    in_place: bool = True
+    """Add gradients in place where autograd would on real tensors."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -70,13 +75,15 @@ class Tracker(TorchDispatchMode):
         self.phase: Phase = "build"
         self.seen: Phase = "build"
         self.live: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.numbers = itertools.count()
+        self.made = 0
         self.modules: list[nn.Module] = []
         self.causes: list[str] = []
+        self.operators: list[str] = []
+        self.largest_third = 0
         # Autograd numbers its nodes as the forward makes them: these are the places where another module began.
         self.borders: list[tuple[int, str]] = [(-1, "")]
         self.hooks: list[Any] = []
-        self.inputs: set[int] = set()
+        self.inputs: list[Tensor] = []
 
     def note(self, tensor: Tensor, cause: str, module: str | None = None) -> None:
         """Count a tensor that is there, or say what one that is counted is for, and whose it is."""
@@ -95,14 +102,22 @@ class Tracker(TorchDispatchMode):
         device = "host" if tensor.device.type == HOST else tensor.device.type
         if device == "meta":
             return
+        allocation = self.make(device, cause, op, tuple(tensor.shape), tensor.dtype)
+        self.follow(storage, allocation)
+        self.resize(allocation, storage.nbytes())
+
+    def make(self, device: str, cause: str, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> Allocation:
+        """An allocation that has no bytes yet."""
         phase = self.current_phase()
-        allocation = Allocation(
-            next(self.numbers), 0, device, self.step, phase, cause, self.current_module(phase), op,
-            tuple(tensor.shape), tensor.dtype,
-        )  # fmt: skip
+        self.made += 1
+        return Allocation(
+            self.made - 1, 0, device, self.step, phase, cause, self.current_module(phase), op, shape, dtype
+        )
+
+    def follow(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
+        """The allocation ends with this storage."""
         self.live[storage] = allocation
         weakref.finalize(storage, self.resize, allocation, 0)
-        self.resize(allocation, storage.nbytes())
 
     def resize(self, allocation: Allocation, nbytes: int) -> None:
         """The storage has so many bytes now."""
@@ -134,7 +149,16 @@ class Tracker(TorchDispatchMode):
         if node is not None and not self.modules:
             place = bisect.bisect_right(self.borders, node._sequence_nr(), key=lambda border: border[0])
             return self.borders[place - 1][1]
-        return self.names.get(self.modules[-1], "") if self.modules else ""
+        return next((self.names[module] for module in reversed(self.modules) if module in self.names), "")
+
+    @contextmanager
+    def operator(self, name: str) -> Iterator[None]:
+        """What is allocated inside is one operator's, of this name."""
+        self.operators.append(name)
+        try:
+            yield
+        finally:
+            self.operators.pop()
 
     @contextmanager
     def cause(self, name: str) -> Iterator[None]:
@@ -154,15 +178,18 @@ class Tracker(TorchDispatchMode):
             return NotImplemented  # its own dispatch comes back here with the local tensors
         if func is aten._local_scalar_dense.default:
             return (args[0].dtype.is_floating_point and 1.0) or 1  # a value that does not exist is taken for one
-        if func is aten.add.Tensor and self.adds_in_place(args):
-            return aten.add_.Tensor(*args)
+        if func in OUT_OF_PLACE and self.in_place and self.holds_alone(func, args):
+            self.largest_third = max(self.largest_third, args[0].nbytes)
+            return OUT_OF_PLACE[func](*args, **(kwargs or {}))
+        if self.inputs_of is not None:
+            self.take_in(self.inputs_of, (args, kwargs))
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             if self.collective_scratch:
                 self.scratch(func, args)
             return result
         if func is not aten.detach.default:
-            name = str(func)
+            name = self.operators[-1] if self.operators else str(func)
             for value in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(value, Tensor):
                     storage = value.untyped_storage()
@@ -170,16 +197,21 @@ class Tracker(TorchDispatchMode):
                         self.allocate(value, storage, self.usual_cause(), name)
         return result
 
+    def take_in(self, mode: FakeTensorMode, arguments: Any) -> None:
+        """Count those that are real. The mode keeps one fake tensor for each, as long as somebody does."""
+        for tensor in tree_leaves(arguments):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor | DTensor):
+                fake = mode.from_tensor(tensor)
+                if fake.untyped_storage() not in self.live:
+                    self.inputs.append(fake)
+                    self.note(fake, "input")
+
     def scratch(self, func: Any, args: tuple[Any, ...]) -> None:
         """What gloo flattens its lists of tensors into, as long as a collective runs."""
-        sizes = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args) if isinstance(tensor, Tensor)]
+        sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
         name = func._schema.name
         if sizes and ("allgather" in name or "reduce_scatter" in name):
-            phase = self.current_phase()
-            allocation = Allocation(
-                next(self.numbers), 0, "cpu", self.step, phase, "collectives", self.current_module(phase), name,
-                (max(sizes),), torch.uint8,
-            )  # fmt: skip
+            allocation = self.make("cpu", "collectives", name, (max(sizes),), torch.uint8)
             self.resize(allocation, max(sizes))
             self.resize(allocation, 0)
 
@@ -189,21 +221,21 @@ class Tracker(TorchDispatchMode):
             return self.causes[-1]
         return "activations" if self.current_phase() == "forward" and torch.is_grad_enabled() else "workspace"
 
-    def adds_in_place(self, args: tuple[Any, ...]) -> bool:
-        """Whether autograd, on real tensors, would add this gradient to the one it has instead of making a third.
+    def holds_alone(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether autograd, on real tensors, would write into its first argument instead of making another.
 
-        torch/csrc/autograd/input_buffer.cpp: where nobody else holds the one it has. Fake tensors are subclasses,
-        which it adds out of place.
+        torch/csrc/autograd/input_buffer.cpp: where nobody else holds it. Fake tensors are subclasses, for which it, and
+        the backwards of indexing and gathering (FunctionsManual.cpp), take the way that leaves their arguments alone.
         """
-        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) != 2:
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(args[0], Tensor):
             return False
-        old, new = args
+        old = args[0]
+        if func is aten.add.Tensor:
+            new = args[1]
+            if len(args) != 2 or not isinstance(new, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
+                return False
         return (
-            isinstance(old, Tensor)
-            and isinstance(new, Tensor)
-            and old.shape == new.shape
-            and old.dtype == new.dtype
-            and old.is_contiguous()
+            old.is_contiguous()
             and cast(Any, old)._use_count() <= HELD_BY_BUFFER_ALONE[0]  # typed since torch 2.15 only
             and torch._C._storage_Use_Count(old.untyped_storage()._cdata) <= HELD_BY_BUFFER_ALONE[1]
         )
@@ -244,6 +276,13 @@ class Tracker(TorchDispatchMode):
         self.borders.append((torch._C._autograd._get_sequence_nr(), name))
 
 
+OUT_OF_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.index_put.default: aten.index_put_.default,
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter_add.default: aten.scatter_add_.default,
+}
+"""What autograd calls on subclasses of tensors, and what it calls on real ones."""
 HELD_BY_BUFFER_ALONE = (4, 2)
 """References to a tensor and to its storage as seen from a dispatch mode, when only autograd's buffer holds it."""
 

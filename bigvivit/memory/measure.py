@@ -158,6 +158,8 @@ class Allocations:
     """Most that was live at once, of what was allocated since."""
     left_bytes: int = 0
     """Still live at the end."""
+    peak_operator: str = ""
+    """The innermost operator that ran at the peak, where operators are recorded."""
     live: list[tuple[int, int]] = field(default_factory=list)
     """(time in ns, bytes live from then on) for each time that something was allocated or freed."""
 
@@ -172,20 +174,29 @@ class Allocations:
 
 
 @contextmanager
-def count_cpu_allocations() -> Iterator[Allocations]:
-    """The allocator's own events, by PyTorch's profiler: exact, but blind to other threads. Filled at the end."""
+def count_cpu_allocations(*, operators: bool = False) -> Iterator[Allocations]:
+    """The allocator's own events, by PyTorch's profiler: exact, but blind to other threads. Filled at the end.
+
+    `operators` also finds the one that ran at the peak; their records take memory beside what is counted.
+    """
     found = Allocations()
     gc.collect()  # else what others left behind would be seen to go, and never have come
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        torch._C._autograd._enable_record_function(False)  # operators' own records would only take memory themselves
+        torch._C._autograd._enable_record_function(operators)
         try:
             yield found
         finally:
             torch._C._autograd._enable_record_function(True)
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        found.left_bytes += event.nbytes()
-        found.peak_bytes = max(found.peak_bytes, found.left_bytes)
-        found.live.append((event.start_ns(), found.left_bytes))
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = 0
+    for event in events:
+        if event.name() == "[memory]":
+            found.left_bytes += event.nbytes()
+            found.live.append((event.start_ns(), found.left_bytes))
+            if found.left_bytes > found.peak_bytes:
+                found.peak_bytes, now = found.left_bytes, event.start_ns()
+    for event in events:  # the last to begin before the peak and to end after it is the innermost
+        if event.name() != "[memory]" and event.start_ns() <= now <= event.start_ns() + event.duration_ns():
+            found.peak_operator = event.name()

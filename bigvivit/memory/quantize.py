@@ -5,6 +5,11 @@ Its modules keep their state in ways that sharding, our own placements and fake 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from torch import Tensor, nn
 
@@ -79,3 +84,23 @@ def dequantize(codes: Tensor, scales: Tensor, shape: torch.Size, compute: torch.
         quant_type="nf4", dtype=compute,
     )  # fmt: skip
     return bnb.dequantize_4bit(codes, state)
+
+
+@contextmanager
+def eight_bit_on_fake_tensors(*, in_place: bool) -> Iterator[None]:
+    """Make bitsandbytes' 8-bit optimizers run on fake tensors; `in_place` as on CUDA, where a kernel updates what is
+    there. On CPUs they are written in PyTorch, and unpack each state to fp32 while they update it."""
+    import bitsandbytes
+    from bitsandbytes.backends.cpu import ops
+
+    def fill_qmap(optimizer: Any) -> None:
+        # The values of codes, which bitsandbytes computes: an operator would have to read them.
+        optimizer.name2qmap |= {name: torch.empty(256) for name in ("dynamic", "udynamic")}
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(bitsandbytes.optim.optimizer.Optimizer8bit, "fill_qmap", fill_qmap))
+        # Its operators have no form for fake tensors. What they call on CPUs is PyTorch again.
+        for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+            update = (lambda *_: None) if in_place else getattr(ops, f"_{name}_cpu")
+            stack.enter_context(patch.object(torch.ops.bitsandbytes, name, update))
+        yield

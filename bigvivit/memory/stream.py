@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bigvivit.memory.placement import DevicePlacement, Placement, Slot, plan_slots, view_slots
 from bigvivit.memory.plan import Stream
@@ -97,7 +98,7 @@ class StreamedLayer(nn.Module):
         outputs = []
         for _ in range(len(chunks)):
             chunk = chunks.pop(0).to(self.device, non_blocking=True)  # pixels may still be in the host's memory
-            outputs.append(torch.func.functional_call(layer, weights, (chunk,), extras))
+            outputs.append(functional_call(layer, weights, (chunk,), extras))
         return outputs
 
 
