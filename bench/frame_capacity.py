@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import matplotlib as mpl
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bigvivit.config import ConfigError
@@ -37,8 +37,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory")
-"""How PyTorch's CPU and CUDA allocators, Python and the C library say it."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory", "bad_alloc")
+"""How PyTorch's CPU and CUDA allocators, Python, the C library and C++ say it."""
 PROBE = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(64 * KiB),
@@ -149,7 +149,7 @@ def probe(trial: Trial, limit: int | None, device: str) -> dict[str, Any] | None
     try:
         found = run_ranks(words, trial.world, environment=PROBE, before=restrict)
     except RankFailed as error:
-        if any(words in error.errors for words in OUT_OF_MEMORY) or error.code == -signal.SIGABRT:
+        if any(words in error.errors for words in OUT_OF_MEMORY):
             return None
         raise
     return {key: max(rank[key] for rank in found) for key in found[0]}
@@ -222,12 +222,15 @@ def main(arguments: Arguments) -> None:
         where = f"{arguments.ranks} x {where}"
     room = limit or 0 if card is None else capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
     arguments.results.mkdir(parents=True, exist_ok=True)
-    kept = arguments.results / "frame_capacity.partial.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {row["key"] for row in rows}
-    for name, trial in list_cells(arguments):
+    bench = "frame_capacity_" + "_".join(where.lower().split())
+    kept = arguments.results / f"{bench}.partial.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {row["key"]: row for row in lines}
+    rows = []
+    for name, trial in track(list_cells(arguments), "cells"):
         key = f"{where} {name} {trial.to_json()} {arguments.most}"
         if key in done:
+            rows.append(done[key])
             continue
         forecast = Forecast(trial, card, room)
         if limit is not None:
@@ -249,11 +252,9 @@ def main(arguments: Arguments) -> None:
         print(f"{trial.tower}, stage {trial.stage}, {name}: " + ", ".join(
             f"{kind} {row[f'{kind}_frames']}" for kind in ("measured", "forecast") if f"{kind}_frames" in row
         ), flush=True)  # fmt: skip
-    rows = [row for row in rows if row["where"] == where]
     curves = {f"{row['tower']}, {row['stage']}, {row['plan']}": row.pop("peaks") for row in rows}
     for row in rows:
         row.pop("key")
-    bench = "frame_capacity_" + "_".join(where.lower().split())
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
