@@ -47,6 +47,8 @@ class Trace:
     """Events of allocation and release, from building to the last step."""
 
     events: Sequence[Event]
+    flops: int = 0
+    """Of the matrix products of the last step."""
 
     def peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once, after building."""
@@ -129,7 +131,7 @@ def trace_steps(build: Callable[[], tuple[Engine, LabelledClips]], *, host: bool
             tracker.step += 1
             with tracker:
                 train_step(PhasedEngine(engine, tracker), [batch])
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
+    return Trace(list(tracker.events), tracker.flops[tracker.step])  # without what happens when all of this is let go
 
 
 class PhasedEngine:
@@ -189,7 +191,7 @@ def trace_step(
             tracker.step += 1
             with tracker:
                 step()
-    return Trace(list(tracker.events))  # without what happens when all of this is let go
+    return Trace(list(tracker.events), tracker.flops[tracker.step])  # without what happens when all of this is let go
 
 
 def note_gradients(tracker: Tracker, parameters: Iterable[nn.Parameter]) -> None:

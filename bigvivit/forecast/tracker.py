@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from bigvivit.forecast.speed import count_flops
 
 Phase = Literal["build", "forward", "backward", "optimizer"]
 HOST = "lazy"
@@ -67,6 +70,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.step = 0
+        self.flops: Counter[int] = Counter()
         self.phase: Phase = "build"
         self.seen: Phase = "build"
         self.live: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -157,6 +161,7 @@ class Tracker(TorchDispatchMode):
         if func is aten.add.Tensor and self.adds_in_place(args):
             return aten.add_.Tensor(*args)
         result = func(*args, **(kwargs or {}))
+        self.flops[self.step] += count_flops(func, args, kwargs or {}, result)
         if func.namespace == "c10d":
             if self.collective_scratch:
                 self.scratch(func, args)
