@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,10 @@ from rich.table import Table
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.capacity import Capacity, find_capacity
-from bigvivit.forecast.card import judge, resolve_types
+from bigvivit.forecast.card import attention_of, judge, resolve_types
 from bigvivit.forecast.hardware import find_local_gpus
 from bigvivit.forecast.overhead import capacity, forecast_overhead
+from bigvivit.forecast.trace import STEPS
 from bigvivit.plan import find_hardware
 from bigvivit.processes import RankFailed, run_ranks
 from bigvivit.training.report import write_report
@@ -59,6 +61,7 @@ FEW, MANY = 8, 32
 """Frames at which each cell is traced first; at the fewer, what libraries take beside tensors is measured."""
 TRAINED: dict[str, dict[str, Any]] = {"everything trains": {}, "recompute": {"recompute": 1}}
 """Of stage 1."""
+KEPT = ("tower", "trained weights")
 PAPER = {
     ("TPU v3", "vit-h", 1): "96",
     ("TPU v3", "vit-h", 2): "128, the most it tried",
@@ -172,8 +175,16 @@ class Forecast:
     room_bytes: int
     """What tensors may take; of a card, in the expected case."""
     peaks: dict[int, int] = field(default_factory=dict)
+    flops: dict[int, int] = field(default_factory=dict)
+    """Of the traces."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Bytes of weights, on the device and the host, whatever the frames."""
+    steps: int = STEPS
+    """Traced."""
     binds: str = ""
     """The largest cause at the last peak that was too high."""
+    largest: str = ""
+    """Of the last peak, whether it was or not."""
 
     def calibrate(self, limit: int) -> None:
         """Take off the limit what the same steps on few frames have beside tensors, in a process without a limit."""
@@ -188,12 +199,17 @@ class Forecast:
         trial = replace(self.trial, frames=frames)
         if card is not None:
             trial = replace(trial, plan=resolve_types(trial.plan, card))
-        trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, foreach=card is not None)
+        apart = card is not None
+        with attention_of(card) if card is not None else nullcontext():
+            trace = trace_trial(trial, free_bytes=self.room_bytes, host=apart, foreach=apart, steps=self.steps)
+        self.flops[frames] = trace.flops
+        self.kept = {cause: trace.left_bytes("cpu", cause) + trace.left_bytes("host", cause) for cause in KEPT}
         self.peaks[frames] = trace.peak_bytes()
         within = self.peaks[frames] <= self.room_bytes
         fits = within if card is None else judge(trace, card, ranks=trial.world).fits[1]
+        self.largest = next(iter(trace.composition()))
         if not fits:
-            self.binds = next(iter(trace.composition()))
+            self.binds = self.largest
         return fits
 
     def peak(self, frames: int) -> int:
@@ -224,8 +240,7 @@ def main(arguments: Arguments) -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     bench = "frame_capacity_" + "_".join(where.lower().split())
     kept = arguments.results / f"{bench}.partial.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {row["key"]: row for row in lines}
+    done = read_kept(kept)
     rows = []
     for name, trial in track(list_cells(arguments), "cells"):
         key = f"{where} {name} {trial.to_json()} {arguments.most}"
@@ -247,8 +262,7 @@ def main(arguments: Arguments) -> None:
         row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
         row["peaks"] = forecast.peaks
         rows.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(kept, row)
         print(f"{trial.tower}, stage {trial.stage}, {name}: " + ", ".join(
             f"{kind} {row[f'{kind}_frames']}" for kind in ("measured", "forecast") if f"{kind}_frames" in row
         ), flush=True)  # fmt: skip
@@ -259,7 +273,7 @@ def main(arguments: Arguments) -> None:
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
     stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
-    draw(stem.with_name(f"{stem.name}.png"), curves, max(row["room_bytes"] for row in rows), where)
+    draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
     kept.unlink(missing_ok=True)
     table = Table("tower", "stage", "plan", "measured", "forecast", "paper", title=where)
     for row in rows:
@@ -269,6 +283,18 @@ def main(arguments: Arguments) -> None:
         )  # fmt: skip
     Console().print(table)
     print(f"wrote {stem}.json, .md and .png")
+
+
+def read_kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run that did not come to its end, by key."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["key"]: row for row in lines}
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """A row is there for the next run."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def find_card(arguments: Arguments) -> Accelerator | None:
@@ -305,15 +331,16 @@ def measure(
     return row
 
 
-def draw(path: Path, curves: dict[str, dict[Any, int]], room: int, where: str) -> None:
-    """Forecast peaks against frames, and the room there is."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, peaks in curves.items():
-        points = sorted((int(frames), peak / GiB) for frames, peak in peaks.items())
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.axhline(room / GiB, color="black", linestyle="--", label=f"{format_bytes(room)} of room in {where}")
-    axes.set(xlabel="frames", ylabel="peak, GiB (forecast)")
-    axes.legend(fontsize=7)
+def draw(path: Path, panels: dict[str, tuple[int, dict[str, dict[Any, int]]]]) -> None:
+    """Forecast peaks against frames, and the room there is: (bytes, curves) for each place."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5), squeeze=False)
+    for (where, (room, curves)), axis in zip(panels.items(), axes[0], strict=True):
+        for name, peaks in curves.items():
+            points = sorted((int(frames), peak / GiB) for frames, peak in peaks.items())
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.axhline(room / GiB, color="black", linestyle="--", label=f"{format_bytes(room)} of room in {where}")
+        axis.set(xlabel="frames", ylabel="peak, GiB (forecast)")
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

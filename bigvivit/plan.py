@@ -94,7 +94,7 @@ def plan(config: PlanConfig) -> None:
     optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0)
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
 
-    from bigvivit.forecast.card import judge, resolve_types
+    from bigvivit.forecast.card import attention_of, judge, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead
     from bigvivit.trial import Trial, trace_trial
 
@@ -114,7 +114,7 @@ def plan(config: PlanConfig) -> None:
         world=config.ranks,
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
-    with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
+    with redirect_stdout(sys.stderr), attention_of(card):  # where DeepSpeed's warnings belong
         trace = trace_trial(trial, free_bytes=there, host=True, foreach=True)
     verdict = judge(trace, card, ranks=config.ranks)
     if config.timeline is not None:

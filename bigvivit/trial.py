@@ -113,7 +113,9 @@ def build_trial(
     return engine, batch
 
 
-def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False) -> Trace:
+def trace_trial(
+    trial: Trial, *, free_bytes: int, host: bool = False, foreach: bool = False, steps: int = STEPS
+) -> Trace:
     """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
 
     `host`: the device's memory is another than the host's; `foreach`: optimizers update all parameters at once, as
@@ -132,7 +134,7 @@ def trace_trial(trial: Trial, *, free_bytes: int, host: bool = False, foreach: b
         return engine, batch
 
     with fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp), fake_engine(trial):
-        return trace_steps(build, host=host)
+        return trace_steps(build, host=host, steps=steps)
 
 
 @contextmanager

@@ -8,7 +8,10 @@ both is a table of constants with sources and ranges (`forecast/overhead.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
@@ -81,6 +84,17 @@ def allocator_events(trace: Trace, device: str = "cpu") -> Iterator[tuple[str, i
             blocks[number] = (numbers, size)
             yield "a", numbers, size, 0
             numbers += 1
+
+
+@contextmanager
+def attention_of(accelerator: Accelerator) -> Iterator[None]:
+    """Trace attention as this accelerator computes it: with its products of all tokens in memory where it has no fused
+    kernel, as on a TPU. Of hardware given by hand nothing is known; the fused kernel is taken."""
+    if accelerator.kernels == ("math",) and accelerator.rates:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
 
 
 def resolve_types(plan: MemoryPlan, accelerator: Accelerator) -> MemoryPlan:

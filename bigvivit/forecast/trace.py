@@ -64,9 +64,13 @@ class Trace:
                 peak, place = live, index
         return place, peak
 
-    def left_bytes(self, device: str = "cpu") -> int:
-        """Live after the last step."""
-        return sum(event.change for event in self.events if event.allocation.device == device)
+    def left_bytes(self, device: str = "cpu", cause: str | None = None) -> int:
+        """Live after the last step, of all causes or of one."""
+        return sum(
+            event.change
+            for event in self.events
+            if event.allocation.device == device and cause in (None, event.allocation.cause)
+        )
 
     def building_peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once while the model was built and loaded."""
