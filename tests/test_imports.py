@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ANYTHING = {"processes", "train", "eval", "predict", "cli", "assemble", "saving", "towers", "drift", "plan", "trial"}
+ANYTHING = {
+    "processes",
+    "train",
+    "eval",
+    "predict",
+    "cli",
+    "assemble",
+    "saving",
+    "towers",
+    "drift",
+    "plan",
+    "trial",
+    "testing",
+}
 MAY_IMPORT = {
     "__init__": set(),
     "units": set(),
@@ -78,6 +91,7 @@ def test_the_rule_sees_a_fault() -> None:
 
 
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
+WITHOUT_TORCH += ["bigvivit.testing"]  # a plugin: every run of pytest that names it imports it
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 
 

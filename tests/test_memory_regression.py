@@ -1,0 +1,181 @@
+"""The gate: what each memory plan takes is, to the byte, what it took when somebody last looked.
+
+Traces of the real step as for an accelerator; types, chunks and free memory are fixed, so that every machine traces the
+same. Measured peaks beside them, within a tolerance, go into pytest-benchmark's `extra_info`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bigvivit.memory.apply
+from bench.frame_capacity import PLANS, TRAINED
+from bigvivit import assemble
+from bigvivit.forecast.trace import Trace
+from bigvivit.memory.stream import FrozenTower, StreamedLayer
+from bigvivit.testing import explain_growth, group_parts
+from bigvivit.trial import Trial, measure_trial, run_trial, trace_trial
+from bigvivit.units import GiB
+from tests.launching import ROOT, environment
+
+FROZEN: dict[str, dict[str, Any]] = {
+    **PLANS,
+    "int8": {"storage": "int8"},
+    "recompute": {"recompute": 1},
+    "activations on host": {"offload_activations": True},
+    "bf16 masters": {"masters": "bf16"},
+}
+STAGE1: dict[str, dict[str, Any]] = {
+    **TRAINED,
+    "activations on host": {"offload_activations": True},
+    "bf16 masters": {"masters": "bf16"},
+}
+TOWERS = ("vit-b", "vit-l", "vit-h", "vit-g")
+
+
+def build_cell(tower: str, stage: int, plan: dict[str, Any], **changes: Any) -> Trial:
+    """Two layers over 16 frames, in chunks of 4 of 8 tubelets, every type said."""
+    types: dict[str, Any] = {"autocast": "fp32"}
+    if stage == 2:
+        types |= {"compute": "bf16", "group": "all", "chunk": 4}
+        if plan.get("group") == "chunk":
+            plan = {**plan, "group": 4}
+    values = {"stage": stage, "tower": tower, "frames": 16, "layers": 2, "temporal_depth": 1, "plan": {**types, **plan}}
+    return Trial.from_json(json.dumps({**values, **changes}))
+
+
+def trace(trial: Trial) -> Trace:
+    return trace_trial(trial, free_bytes=GiB, host=True, foreach=True, steps=2)
+
+
+def cells(towers: tuple[str, ...]) -> Iterator[Any]:
+    for tower in towers:
+        for stage, plans in ((1, STAGE1), (2, FROZEN)):
+            for name, plan in plans.items():
+                yield pytest.param(build_cell(tower, stage, plan), id=f"{tower}-{stage}-{name}")
+
+
+@pytest.mark.parametrize("trial", cells(("vit-b", "vit-g")))
+def test_two_layers_take_what_they_took(trial: Trial, memory_golden: Callable[..., None]) -> None:
+    memory_golden(trace(trial))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", cells(TOWERS))
+def test_whole_towers_take_what_they_took(trial: Trial, memory_golden: Callable[..., None]) -> None:
+    memory_golden(trace(replace(trial, layers=None, temporal_depth=4)))
+
+
+SHARDED = """
+import json, sys
+from bigvivit.trial import Trial, trace_trial
+trial = Trial.from_json(sys.argv[1])
+print(json.dumps(trace_trial(trial, free_bytes=1 << 30, host=True, foreach=True).peak_bytes()))
+"""
+ZERO = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3", "zero3_offload"])
+def test_a_rank_of_eight_takes_what_it_took(engine: str, stage: int, memory_golden: Callable[..., None]) -> None:
+    """With the buckets of the shipped DeepSpeed files."""
+    changes: dict[str, Any] = {"world": 8, "fsdp": engine == "fsdp"}
+    if engine.startswith("zero"):
+        shipped = json.loads((ROOT / "ds_configs" / f"{engine}.json").read_text())["zero_optimization"]
+        changes["ds"] = {**ZERO, "zero_allow_untested_optimizer": True, "zero_optimization": shipped}
+    text = build_cell("vit-g", stage, {}, **changes).to_json()
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, text], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    memory_golden(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("name", ["paper", "layer-major"])
+def test_measured_by_the_cpu_allocator(name: str, memory_golden: Callable[..., None], benchmark: Any) -> None:
+    trial = build_cell("vit-b", 2, {**FROZEN[name], "compute": "fp32"}, frames=8, size=112)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels take scratch for each
+    try:
+        peak = benchmark.pedantic(measure_trial, args=(trial,), rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.extra_info["peak_bytes"] = peak
+    memory_golden(peak, tolerance=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["paper", "layer-major"])
+def test_measured_on_cuda(name: str, memory_golden: Callable[..., None], benchmark: Any) -> None:
+    """Not run by us: no GPU was here. The first run there says how to record."""
+    torch.cuda.reset_peak_memory_stats()
+    trial = build_cell("vit-b", 2, FROZEN[name])
+    found = benchmark.pedantic(run_trial, args=(trial, 3, torch.device("cuda")), rounds=1)
+    benchmark.extra_info["peak_bytes"] = int(found["peak_bytes"])
+    memory_golden(int(found["peak_bytes"]), tolerance=0.02)
+
+
+def grown(parts: dict[str, int], regressed: Trace) -> str:
+    """What the gate would say: the largest change."""
+    assert regressed.peak_bytes() > sum(parts.values())
+    return explain_growth(parts, regressed)[0]
+
+
+@pytest.fixture
+def layer_major() -> tuple[Trial, dict[str, int]]:
+    trial = build_cell("vit-b", 2, {"placement": "cpu"})
+    return trial, group_parts(trace(trial))
+
+
+def test_an_activation_that_is_kept_has_its_name(
+    layer_major: tuple[Trial, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, parts = layer_major
+    build, kept = assemble.build_model, []
+
+    def build_leaking(*args: Any, **options: Any) -> nn.Module:
+        model: nn.Module = build(*args, **options)
+        block = dict(model.named_modules())["temporal.blocks.0"]
+        block.register_forward_hook(lambda module, inputs, output: kept.append(output.repeat(1, 4, 1)))
+        return model
+
+    monkeypatch.setattr(assemble, "build_model", build_leaking)
+    line = grown(parts, trace(trial))
+    assert "activations of temporal.blocks.0 " in line
+    assert line.strip().startswith(f"+{2 * kept[0].nbytes:,} B")  # of two steps, since nothing lets go
+
+
+def test_a_layer_that_stays_fetched_has_its_name(
+    layer_major: tuple[Trial, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, parts = layer_major
+    weights = StreamedLayer.weights
+
+    def keep(layer: StreamedLayer, fetched: torch.Tensor | None) -> Any:
+        layer.__dict__["left"] = weights(layer, fetched)
+        return layer.__dict__["left"]
+
+    monkeypatch.setattr(StreamedLayer, "weights", keep)
+    assert "fetched weights of tower" in grown(parts, trace(trial))
+
+
+def test_a_tower_that_gets_gradients_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = build_cell("vit-b", 2, FROZEN["paper"])
+    parts = group_parts(trace(trial))
+    monkeypatch.setattr(bigvivit.memory.apply, "freeze", lambda tower: None)
+    monkeypatch.setattr(FrozenTower, "forward", FrozenTower.forward.__wrapped__)
+    regressed = trace(trial)
+    lines = "\n".join(explain_growth(parts, regressed))
+    assert regressed.peak_bytes() > sum(parts.values())
+    assert "gradients of tower.layers" in lines or "activations of tower.layers" in lines
+    assert any(part.cause == "gradients" and part.module.startswith("tower") for part in regressed.at_peak())
