@@ -13,8 +13,8 @@
 
 Whoever wants it names it: an entry point would load it, with its option, wherever this package is installed.
 
-What a peak was made of when it was last good stands in `memory_goldens.json` beside the test, under the versions that
-change bytes; only `--update-memory-goldens` writes it.
+A peak when it was last good, and the most of each cause, stand in `memory_goldens.json` beside the test, under the
+versions that change bytes; only `--update-memory-goldens` writes it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -69,16 +70,17 @@ class Goldens:
 
     def read_all(self) -> dict[str, dict[str, Any]]:
         """By versions, then by test."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}  # type: ignore[no-any-return]
+        found: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return found
 
     def read(self) -> dict[str, Any] | None:
         """This test's, under these versions."""
         return self.read_all().get(self.versions, {}).get(self.name)
 
-    def write(self, peak_bytes: int, parts: dict[str, int]) -> None:
+    def write(self, peak_bytes: int, most: dict[str, int]) -> None:
         """One test per line, so that a diff shows which changed."""
         everything = self.read_all()
-        everything.setdefault(self.versions, {})[self.name] = {"peak_bytes": peak_bytes, "parts": parts}
+        everything.setdefault(self.versions, {})[self.name] = {"peak_bytes": peak_bytes, "most_bytes": most}
         blocks = []
         for versions, tests in sorted(everything.items()):
             lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(tests.items()))
@@ -97,12 +99,20 @@ class Goldens:
         pytest.skip(reason)
 
 
-def group_parts(trace: Trace, device: str = "cpu") -> dict[str, int]:
-    """Bytes at the peak by cause and module, down to the numbered layer: `activations of net.layers.3`."""
-    groups: Counter[str] = Counter()
-    for part in trace.at_peak(device):
-        groups[name_group(part.cause, part.module)] += part.nbytes
-    return dict(groups.most_common())
+def most_by_cause(trace: Trace, device: str = "cpu") -> dict[str, int]:
+    """The most bytes that each cause and module had alive over the steps, down to the numbered layer: `activations of
+    net.layers.3`. Each by itself, so that one that grows shows, wherever the peak then lies."""
+    live: Counter[str] = Counter()
+    most: dict[str, int] = {}
+    for event in trace.events:
+        if event.allocation.device == device:
+            name = name_group(event.allocation.cause, event.allocation.module)
+            live[name] += event.change
+            if event.step and live[name] > most.get(name, 0):
+                most[name] = live[name]
+    for name, size in live.items():
+        most[name] = max(most.get(name, 0), size)  # what was there all the time
+    return dict(Counter({name: size for name, size in most.items() if size}).most_common())
 
 
 def name_group(cause: str, module: str) -> str:
@@ -111,20 +121,23 @@ def name_group(cause: str, module: str) -> str:
     return f"{cause} of {match[0] if match else module or 'no module'}"
 
 
-def explain_growth(parts: dict[str, int], trace: Trace, device: str = "cpu") -> list[str]:
-    """What grew or shrank at the peak since then, the largest changes first, with the largest tensor of each."""
-    now = group_parts(trace, device)
-    changes = {name: now.get(name, 0) - parts.get(name, 0) for name in {**now, **parts}}
+def explain_growth(before: dict[str, int], trace: Trace, device: str = "cpu") -> list[str]:
+    """Whose most grew or shrank since then, the largest changes first, with the largest tensor of each."""
+    now = most_by_cause(trace, device)
+    changes = {name: now.get(name, 0) - before.get(name, 0) for name in {**now, **before}}
     lines = []
     for name, change in sorted(changes.items(), key=lambda item: -abs(item[1]))[:NAMED]:
         if change:
-            line = f"  {change:+,} B  {name} ({format_bytes(parts.get(name, 0))} → {format_bytes(now.get(name, 0))})"
-            tensors = [part for part in trace.at_peak(device) if name_group(part.cause, part.module) == name]
+            line = f"  {change:+,} B  {name} ({format_bytes(before.get(name, 0))} → {format_bytes(now.get(name, 0))})"
             if change > 0:
-                shape = "x".join(map(str, tensors[0].shape))
-                line += f", such as {tensors[0].dtype} {shape} by {tensors[0].op or 'its owner'}"
+                made = (event.allocation for event in trace.events if event.change > 0)
+                own = [tensor for tensor in made if name_group(tensor.cause, tensor.module) == name]
+                # Of those that are still there at the end first: what grew was perhaps kept.
+                largest = max(own, key=lambda t: (t.nbytes > 0, math.prod(t.shape) * t.dtype.itemsize))
+                shape = "x".join(map(str, largest.shape))
+                line += f", such as {str(largest.dtype).removeprefix('torch.')} {shape} by {largest.op or 'its owner'}"
             lines.append(line)
-    return lines
+    return lines or ["  no cause by itself: more of them are alive at once"]
 
 
 @pytest.fixture
@@ -136,7 +149,7 @@ def memory_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     def check(found: Trace | int, *, tolerance: float = 0.0) -> None:
         peak = found if isinstance(found, int) else found.peak_bytes()
         if goldens.update:
-            goldens.write(peak, {} if isinstance(found, int) else group_parts(found))
+            goldens.write(peak, {} if isinstance(found, int) else most_by_cause(found))
             return
         golden = goldens.read()
         if golden is None:
@@ -145,7 +158,7 @@ def memory_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
         before = golden["peak_bytes"]
         if abs(peak - before) <= tolerance * before:
             return
-        lines = [] if isinstance(found, int) else explain_growth(golden["parts"], found)
+        lines = [] if isinstance(found, int) else explain_growth(golden["most_bytes"], found)
         word = "more" if peak > before else "less"
         head = (
             f"peak {peak:,} B is {abs(peak - before):,} B {word} than the {before:,} B it was; if that is meant, run "
@@ -181,14 +194,14 @@ def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trac
                 golden = goldens.read()
                 head = f"peak {format_bytes(found)} ({found:,} B) is {found - budget:,} B above the budget of {peak}"
                 if golden is None:
-                    lines = [f"  {size:,} B  {name}" for name, size in list(group_parts(trace).items())[:NAMED]]
+                    lines = [f"  {size:,} B  {name}" for name, size in list(most_by_cause(trace).items())[:NAMED]]
                     head += "; what it was made of before is not recorded (--update-memory-goldens), now it is"
                 else:
-                    lines = explain_growth(golden["parts"], trace)
+                    lines = explain_growth(golden["most_bytes"], trace)
                     head += f"; since {golden['peak_bytes']:,} B"
                 pytest.fail("\n".join([head, *lines]), pytrace=False)
             if goldens.update:
-                goldens.write(found, group_parts(trace))
+                goldens.write(found, most_by_cause(trace))
             return trace
 
         yield check
