@@ -351,3 +351,5 @@ if __name__ == "__main__":
         main(tyro.cli(Arguments, description=__doc__))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except RankFailed as error:
+        sys.exit(f"error: a probe ended, and not for want of memory; the rows so far are kept: {error}")
