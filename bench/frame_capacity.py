@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -315,7 +316,10 @@ def measure(
     last: dict[int, dict[str, Any]] = {}
 
     def fits(frames: int) -> bool:
+        start = time.perf_counter()
         found = probe(replace(trial, frames=frames), limit, device)
+        answer = "out of memory" if found is None else "fit"
+        print(f"  {frames} frames: {answer}, {time.perf_counter() - start:.0f} s", flush=True)
         if found is not None:
             last[frames] = found
         return found is not None
