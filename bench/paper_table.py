@@ -1,4 +1,4 @@
-"""The paper's Table 4 and §4.8 beside our forecasts: `python bench/paper_table.py`. Nothing here is measured.
+"""The paper's Table 4 and §4.8 beside our forecasts: `python -m bench.paper_table`. Nothing here is measured.
 
 Which of 4 to 128 frames fit a TPU v3 of 16 GB, and eight 2080 Ti, at a local batch of 1; how far each way of streaming
 the tower goes beyond; what binds; and what a step would take by a roofline. The TPU is forecast as if PyTorch's caching
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import tyro
-from frame_capacity import FEW, MANY, PLANS, TRAINED, Forecast, draw, keep, read_kept
 from rich.progress import track
 
+from bench.frame_capacity import FEW, MANY, PLANS, TRAINED, Forecast, draw, keep, read_kept
 from bigvivit.config import ConfigError
 from bigvivit.forecast.card import resolve_types
 from bigvivit.forecast.hardware import find_accelerator

@@ -142,11 +142,13 @@ def explain_growth(before: dict[str, int], trace: Trace, device: str = "cpu") ->
 
 @pytest.fixture
 def memory_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`memory_golden(trace)`: its peak is to the byte what it was; `memory_golden(peak_bytes, tolerance=0.02)`: of a
-    measured peak, nearly. Fails with the causes that changed, skips (in CI: fails) where nothing was recorded."""
+    """`memory_golden(trace)`: its peak is to the byte what it was. `memory_golden(peak_bytes, tolerance=0.02)`: measured
+    ones nearly; `on="NVIDIA T4"` says whose they are. Fails with the causes that changed; skips (in CI: fails) where
+    nothing was recorded."""
     goldens = Goldens(request.node, request.config.getoption("update_memory_goldens"))
 
-    def check(found: Trace | int, *, tolerance: float = 0.0) -> None:
+    def check(found: Trace | int, *, tolerance: float = 0.0, on: str = "") -> None:
+        goldens.name += f" on {on}" if on else ""
         peak = found if isinstance(found, int) else found.peak_bytes()
         if goldens.update:
             goldens.write(peak, {} if isinstance(found, int) else most_by_cause(found))

@@ -124,7 +124,7 @@ def test_measured_on_cuda(name: str, memory_golden: Callable[..., None], benchma
     trial = build_cell("vit-b", 2, FROZEN[name])
     found = benchmark.pedantic(run_trial, args=(trial, 3, torch.device("cuda")), rounds=1)
     benchmark.extra_info["peak_bytes"] = int(found["peak_bytes"])
-    memory_golden(int(found["peak_bytes"]), tolerance=0.02)
+    memory_golden(int(found["peak_bytes"]), tolerance=0.02, on=torch.cuda.get_device_name())  # workspaces differ
 
 
 def regress(trial: Trial, parts: dict[str, int], honest_peak: int) -> list[str]:
