@@ -142,8 +142,8 @@ def explain_growth(before: dict[str, int], trace: Trace, device: str = "cpu") ->
 
 @pytest.fixture
 def memory_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`memory_golden(trace)`: its peak is to the byte what it was. `memory_golden(peak_bytes, tolerance=0.02)`: measured
-    ones nearly; `on="NVIDIA T4"` says whose they are. Fails with the causes that changed; skips (in CI: fails) where
+    """`memory_golden(trace)`: its peak is to the byte what it was. `memory_golden(peak_bytes, tolerance=0.02)`: real
+    ones, nearly; `on="NVIDIA T4"` says whose they are. Fails with the causes that changed; skips (in CI: fails) where
     nothing was recorded."""
     goldens = Goldens(request.node, request.config.getoption("update_memory_goldens"))
 
