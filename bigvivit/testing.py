@@ -122,21 +122,23 @@ def name_group(cause: str, module: str) -> str:
 
 
 def explain_growth(before: dict[str, int], trace: Trace, device: str = "cpu") -> list[str]:
-    """Whose most grew or shrank since then, the largest changes first, with the largest tensor of each."""
+    """Whose most grew since then, the largest first, with its largest tensor; then whose shrank."""
     now = most_by_cause(trace, device)
     changes = {name: now.get(name, 0) - before.get(name, 0) for name in {**now, **before}}
+    changed = sorted((change < 0, -abs(change), name) for name, change in changes.items() if change)
     lines = []
-    for name, change in sorted(changes.items(), key=lambda item: -abs(item[1]))[:NAMED]:
-        if change:
-            line = f"  {change:+,} B  {name} ({format_bytes(before.get(name, 0))} → {format_bytes(now.get(name, 0))})"
-            if change > 0:
-                made = (event.allocation for event in trace.events if event.change > 0)
-                own = [tensor for tensor in made if name_group(tensor.cause, tensor.module) == name]
-                # Of those that are still there at the end first: what grew was perhaps kept.
-                largest = max(own, key=lambda t: (t.nbytes > 0, math.prod(t.shape) * t.dtype.itemsize))
-                shape = "x".join(map(str, largest.shape))
-                line += f", such as {str(largest.dtype).removeprefix('torch.')} {shape} by {largest.op or 'its owner'}"
-            lines.append(line)
+    for _, _, name in changed[:NAMED]:
+        line = (
+            f"  {changes[name]:+,} B  {name} ({format_bytes(before.get(name, 0))} → {format_bytes(now.get(name, 0))})"
+        )
+        if changes[name] > 0:
+            made = (event.allocation for event in trace.events if event.change > 0)
+            own = [tensor for tensor in made if name_group(tensor.cause, tensor.module) == name]
+            # Of those that are still there at the end first: what grew was perhaps kept.
+            largest = max(own, key=lambda t: (t.nbytes > 0, math.prod(t.shape) * t.dtype.itemsize))
+            shape = "x".join(map(str, largest.shape))
+            line += f", such as {str(largest.dtype).removeprefix('torch.')} {shape} by {largest.op or 'its owner'}"
+        lines.append(line)
     return lines or ["  no cause by itself: more of them are alive at once"]
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import bigvivit.memory.apply
 from bench.frame_capacity import PLANS, TRAINED
 from bigvivit import assemble
 from bigvivit.forecast.trace import Trace
+from bigvivit.memory.fsdp import FsdpSharder
 from bigvivit.memory.stream import FrozenTower, StreamedLayer
 from bigvivit.testing import explain_growth, most_by_cause
 from bigvivit.trial import Trial, measure_trial, run_trial, trace_trial
@@ -186,3 +188,18 @@ def test_a_tower_that_gets_gradients_is_named(monkeypatch: pytest.MonkeyPatch) -
     for cause in ("gradients", "activations"):
         assert f"{cause} of tower.layers.0 " in lines
         assert f"{cause} of tower.layers.1 " in lines
+
+
+@pytest.mark.slow
+def test_a_layer_that_fsdp2_leaves_gathered_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = build_cell("vit-b", 2, FROZEN["layer-major"], world=8, fsdp=True)
+    found = trace(trial)
+    units: list[nn.Module] = []
+
+    def shard(self: FsdpSharder, unit: nn.Module) -> None:
+        units.append(unit)
+        fully_shard(unit, reshard_after_forward=len(units) != 2)  # the first after the embedding
+
+    monkeypatch.setattr(FsdpSharder, "shard", shard)
+    lines = regress(trial, most_by_cause(found), found.peak_bytes())
+    assert " of tower.layers.0 " in lines[0], lines
