@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import matplotlib as mpl
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bigvivit.config import ConfigError
@@ -27,6 +28,7 @@ from bigvivit.forecast.capacity import Capacity, find_capacity
 from bigvivit.forecast.card import judge, resolve_types
 from bigvivit.forecast.hardware import find_local_gpus
 from bigvivit.forecast.overhead import capacity, forecast_overhead
+from bigvivit.forecast.trace import STEPS
 from bigvivit.plan import find_hardware
 from bigvivit.processes import RankFailed, run_ranks
 from bigvivit.training.report import write_report
@@ -37,8 +39,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory")
-"""How PyTorch's CPU and CUDA allocators, Python and the C library say it."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "MemoryError", "Cannot allocate memory", "bad_alloc")
+"""How PyTorch's CPU and CUDA allocators, Python, the C library and C++ say it."""
 PROBE = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(64 * KiB),
@@ -59,6 +61,7 @@ FEW, MANY = 8, 32
 """Frames at which each cell is traced first; at the fewer, what libraries take beside tensors is measured."""
 TRAINED: dict[str, dict[str, Any]] = {"everything trains": {}, "recompute": {"recompute": 1}}
 """Of stage 1."""
+KEPT = ("tower", "trained weights")
 PAPER = {
     ("TPU v3", "vit-h", 1): "96",
     ("TPU v3", "vit-h", 2): "128, the most it tried",
@@ -149,7 +152,7 @@ def probe(trial: Trial, limit: int | None, device: str) -> dict[str, Any] | None
     try:
         found = run_ranks(words, trial.world, environment=PROBE, before=restrict)
     except RankFailed as error:
-        if any(words in error.errors for words in OUT_OF_MEMORY) or error.code == -signal.SIGABRT:
+        if any(words in error.errors for words in OUT_OF_MEMORY):
             return None
         raise
     return {key: max(rank[key] for rank in found) for key in found[0]}
@@ -172,8 +175,16 @@ class Forecast:
     room_bytes: int
     """What tensors may take; of a card, in the expected case."""
     peaks: dict[int, int] = field(default_factory=dict)
+    flops: dict[int, int] = field(default_factory=dict)
+    """Of the traces."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Bytes of weights, on the device and the host, whatever the frames."""
+    steps: int = STEPS
+    """Traced."""
     binds: str = ""
     """The largest cause at the last peak that was too high."""
+    largest: str = ""
+    """Of the last peak, whether it was or not."""
 
     def calibrate(self, limit: int) -> None:
         """Take off the limit what the same steps on few frames have beside tensors, in a process without a limit."""
@@ -188,12 +199,16 @@ class Forecast:
         trial = replace(self.trial, frames=frames)
         if card is not None:
             trial = replace(trial, plan=resolve_types(trial.plan, card))
-        trace = trace_trial(trial, free_bytes=self.room_bytes, host=card is not None, card=card)
+        apart = card is not None
+        trace = trace_trial(trial, free_bytes=self.room_bytes, host=apart, card=card, steps=self.steps)
+        self.flops[frames] = trace.flops
+        self.kept = {cause: trace.left_bytes("cpu", cause) + trace.left_bytes("host", cause) for cause in KEPT}
         self.peaks[frames] = trace.peak_bytes()
         within = self.peaks[frames] <= self.room_bytes
         fits = within if card is None else judge(trace, card, ranks=trial.world).fits[1]
+        self.largest = next(iter(trace.composition()))
         if not fits:
-            self.binds = next(iter(trace.composition()))
+            self.binds = self.largest
         return fits
 
     def peak(self, frames: int) -> int:
@@ -222,12 +237,14 @@ def main(arguments: Arguments) -> None:
         where = f"{arguments.ranks} x {where}"
     room = limit or 0 if card is None else capacity(card, forecast_overhead(card, ranks=arguments.ranks))[1]
     arguments.results.mkdir(parents=True, exist_ok=True)
-    kept = arguments.results / "frame_capacity.partial.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {row["key"] for row in rows}
-    for name, trial in list_cells(arguments):
+    bench = "frame_capacity_" + "_".join(where.lower().split())
+    kept = arguments.results / f"{bench}.partial.jsonl"
+    done = read_kept(kept)
+    rows = []
+    for name, trial in track(list_cells(arguments), "cells"):
         key = f"{where} {name} {trial.to_json()} {arguments.most}"
         if key in done:
+            rows.append(done[key])
             continue
         forecast = Forecast(trial, card, room)
         if limit is not None:
@@ -244,21 +261,18 @@ def main(arguments: Arguments) -> None:
         row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
         row["peaks"] = forecast.peaks
         rows.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(kept, row)
         print(f"{trial.tower}, stage {trial.stage}, {name}: " + ", ".join(
             f"{kind} {row[f'{kind}_frames']}" for kind in ("measured", "forecast") if f"{kind}_frames" in row
         ), flush=True)  # fmt: skip
-    rows = [row for row in rows if row["where"] == where]
     curves = {f"{row['tower']}, {row['stage']}, {row['plan']}": row.pop("peaks") for row in rows}
     for row in rows:
         row.pop("key")
-    bench = "frame_capacity_" + "_".join(where.lower().split())
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
     stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
-    draw(stem.with_name(f"{stem.name}.png"), curves, max(row["room_bytes"] for row in rows), where)
+    draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
     kept.unlink(missing_ok=True)
     table = Table("tower", "stage", "plan", "measured", "forecast", "paper", title=where)
     for row in rows:
@@ -268,6 +282,18 @@ def main(arguments: Arguments) -> None:
         )  # fmt: skip
     Console().print(table)
     print(f"wrote {stem}.json, .md and .png")
+
+
+def read_kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run that did not come to its end, by key."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["key"]: row for row in lines}
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """A row is there for the next run."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def find_card(arguments: Arguments) -> Accelerator | None:
@@ -288,7 +314,10 @@ def measure(
     last: dict[int, dict[str, Any]] = {}
 
     def fits(frames: int) -> bool:
+        start = time.perf_counter()
         found = probe(replace(trial, frames=frames), limit, device)
+        answer = "out of memory" if found is None else "fit"
+        print(f"  {frames} frames: {answer}, {time.perf_counter() - start:.0f} s", flush=True)
         if found is not None:
             last[frames] = found
         return found is not None
@@ -304,15 +333,16 @@ def measure(
     return row
 
 
-def draw(path: Path, curves: dict[str, dict[Any, int]], room: int, where: str) -> None:
-    """Forecast peaks against frames, and the room there is."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, peaks in curves.items():
-        points = sorted((int(frames), peak / GiB) for frames, peak in peaks.items())
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.axhline(room / GiB, color="black", linestyle="--", label=f"{format_bytes(room)} of room in {where}")
-    axes.set(xlabel="frames", ylabel="peak, GiB (forecast)")
-    axes.legend(fontsize=7)
+def draw(path: Path, panels: dict[str, tuple[int, dict[str, dict[Any, int]]]]) -> None:
+    """Forecast peaks against frames, and the room there is: (bytes, curves) for each place."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5), squeeze=False)
+    for (where, (room, curves)), axis in zip(panels.items(), axes[0], strict=True):
+        for name, peaks in curves.items():
+            points = sorted((int(frames), peak / GiB) for frames, peak in peaks.items())
+            axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.axhline(room / GiB, color="black", linestyle="--", label=f"{format_bytes(room)} of room in {where}")
+        axis.set(xlabel="frames", ylabel="peak, GiB (forecast)")
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -323,3 +353,5 @@ if __name__ == "__main__":
         main(tyro.cli(Arguments, description=__doc__))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except RankFailed as error:
+        sys.exit(f"error: a probe ended, and not for want of memory; the rows so far are kept: {error}")

@@ -55,6 +55,8 @@ TRACED: dict[str, tuple[Any, ...]] = {
     "tubelet": (2, 4),
 }
 """What decides which tensors there are."""
+STEPS = 2
+"""Traced: momentum is there from the second on."""
 WEIGHED: dict[str, tuple[Any, ...]] = {
     "optimizer": ("momentum", "adam"),
     "sharded": ("nothing", "optimizer state", "everything"),
@@ -102,7 +104,7 @@ def trace_peaks(assumed: dict[str, Any], tower: str, stage: int, frames: int) ->
     )  # fmt: skip
     kernel = SDPBackend.MATH if assumed["attention"] == "materialised" else SDPBackend.FLASH_ATTENTION
     with sdpa_kernel(kernel):
-        trace = trace_trial(trial, free_bytes=1 << 40)
+        trace = trace_trial(trial, free_bytes=1 << 40, steps=STEPS)
     ranks = RANKS["2080 Ti" if tower in SMALL else "TPU v3"]
     peaks = {}
     for optimizer, sharded in itertools.product(WEIGHED["optimizer"], WEIGHED["sharded"]):
@@ -210,7 +212,10 @@ def main(arguments: Arguments) -> None:
                 {"evidence": "forecast", "about": name, "value": str(option), "share_of_grid": 1 / len(options),
                  "share_of_best": share([p[name] == option for p, explained in points if len(explained) == best])}
             )  # fmt: skip
-    settings = {"grid": {**TRACED, **WEIGHED}, "points": len(points), "best": best, "room_bytes": room, "peaks": peaks}
+    settings = {
+        "grid": {**TRACED, **WEIGHED}, "points": len(points), "best": best, "room_bytes": room, "traced_steps": STEPS,
+        "peaks": peaks,
+    }  # fmt: skip
     stem = write_report(arguments.results, "paper_inference", device=torch.device("cpu"), settings=settings, rows=rows)
     kept.unlink(missing_ok=True)
     print(f"{best} of {len(THRESHOLDS)} thresholds at best, of {len(points)} points; room " + ", ".join(

@@ -10,6 +10,7 @@ import pytest
 from bigvivit.data.demo import DemoConfig, write_demo
 from tests.launching import STAGE1, STAGE2, ZERO3, Runs, train
 
+pytest_plugins = ["bigvivit.testing", "pytester"]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

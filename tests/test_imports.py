@@ -24,6 +24,7 @@ ANYTHING = {
     "drift",
     "plan",
     "trial",
+    "testing",
 }
 MAY_IMPORT = {
     "__init__": set(),
@@ -119,6 +120,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
+WITHOUT_TORCH += ["bigvivit.testing"]  # a plugin: every run of pytest that names it imports it
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 
 

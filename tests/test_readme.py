@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from bench.frame_capacity import Arguments as CapacityConfig
 from bench.two_stages import readme_table
 from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from bigvivit.data.check import CheckConfig
@@ -59,10 +60,11 @@ def test_every_linked_file_is_there() -> None:
 def test_every_setting_the_readme_names_exists() -> None:
     """Of our own commands; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)} | set(EvalConfig.__dataclass_fields__)
-    for other in (CheckConfig, DriftConfig, PlanConfig, PredictConfig, ReplayConfig):
+    for other in (CapacityConfig, CheckConfig, DriftConfig, PlanConfig, PredictConfig, ReplayConfig):
         known |= {name.replace("_", "-") for name in other.__dataclass_fields__}
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
     launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}
+    launchers |= {"update-memory-goldens"}  # pytest's, of bigvivit.testing
     launchers |= {"memory.…", "memory.", "cpus-per-task", "signal", "requeue"}
     flags = set(re.findall(r"(?<![-\w])--([a-z][a-z._-]*)", README)) - launchers
     assert "clip.no-flip" in flags

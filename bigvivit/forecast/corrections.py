@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from bigvivit.forecast.accelerators import Accelerator, Kernel
 from bigvivit.forecast.tracker import Tracker
@@ -132,12 +133,15 @@ class FusedAttention(torch.autograd.Function):
         else:  # only for a backward, in rows of 32
             sums = query.new_empty(batch, heads, up(length, 32) if trains else 0, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums)
+        tracker.flops[tracker.step] += sdpa_flop_count(query.shape, key.shape, value.shape)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _ = ctx.saved_tensors
         batch, heads, length, width = query.shape
+        flops = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+        ctx.tracker.flops[ctx.tracker.step] += flops
         with ctx.tracker.operator(f"attention: {ctx.kernel}, backward"):
             grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
             if ctx.kernel == "flash":

@@ -24,7 +24,7 @@ from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.corrections import Name, as_on_cuda
 from bigvivit.forecast.fake import fake_tensor, replace_parameters
-from bigvivit.forecast.trace import STEPS, Trace, note_gradients, note_states
+from bigvivit.forecast.trace import STEPS, Trace, finish, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
 
 
@@ -93,8 +93,7 @@ def trace_step(
             tracker.step += 1
             with tracker:
                 run(step)
-        events = list(tracker.events)  # without what happens when all of this is let go
-    return Trace(events, tracker.largest_third)
+        return finish(tracker)
 
 
 def run(step: Callable[[], Any]) -> None:

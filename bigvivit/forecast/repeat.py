@@ -46,6 +46,7 @@ class Pattern:
     tree: TreeSpec
     module: str
     """The layer that ran."""
+    flops: int
 
 
 @contextmanager
@@ -60,9 +61,10 @@ def repeat_layers(tracker: Tracker, mode: FakeTensorMode) -> Iterator[None]:
         module, key = tracker.current_module("forward"), (repr(layer), form((weights, inputs, extras)))
         if key in known:
             return repeat(tracker, mode, known[key], module)
-        first, start = tracker.made, len(tracker.events)
+        first, start, flops = tracker.made, len(tracker.events), tracker.flops[tracker.step]
         output = run(layer, weights, inputs, extras)
-        pattern = learn(tracker, first, tracker.events[start:], output, module)
+        flops = tracker.flops[tracker.step] - flops
+        pattern = learn(tracker, first, tracker.events[start:], output, module, flops)
         if pattern is not None:
             known[key] = pattern
         return output
@@ -77,7 +79,7 @@ def form(values: Any) -> tuple[Any, ...]:
     return (tree, *((v.shape, v.stride(), v.dtype, v.device.type) if isinstance(v, Tensor) else v for v in leaves))
 
 
-def learn(tracker: Tracker, first: int, events: list[Event], output: Any, module: str) -> Pattern | None:
+def learn(tracker: Tracker, first: int, events: list[Event], output: Any, module: str, flops: int) -> Pattern | None:
     """The call that made these events, its own allocations being those numbered from `first`.
 
     None where it did more than use memory and return some of it: freed what was there before, or kept what it made.
@@ -102,7 +104,7 @@ def learn(tracker: Tracker, first: int, events: list[Event], output: Any, module
     if kept:
         return None
     changes = [(places[event.allocation], event.change) for event in events]
-    return Pattern([replace(a) for a in places], changes, outputs, tree, module)
+    return Pattern([replace(a) for a in places], changes, outputs, tree, module, flops)
 
 
 def repeat(tracker: Tracker, mode: FakeTensorMode, pattern: Pattern, module: str) -> Any:
@@ -119,6 +121,7 @@ def repeat(tracker: Tracker, mode: FakeTensorMode, pattern: Pattern, module: str
         for place, a in enumerate(pattern.allocations)
     ]
     tracker.made += len(born)
+    tracker.flops[tracker.step] += pattern.flops
     for place, change in pattern.changes:
         born[place].nbytes += change
         tracker.events.append(Event(born[place], change, tracker.step, tracker.phase))

@@ -51,6 +51,8 @@ class Trace:
     events: Sequence[Event]
     largest_third_bytes: int = 0
     """The largest tensor that adding gradients in place saved."""
+    flops: int = 0
+    """Of the matrix products of the last step."""
 
     def peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once, after building."""
@@ -66,9 +68,13 @@ class Trace:
                 peak, place = live, index
         return place, peak
 
-    def left_bytes(self, device: str = "cpu") -> int:
-        """Live after the last step."""
-        return sum(event.change for event in self.events if event.allocation.device == device)
+    def left_bytes(self, device: str = "cpu", cause: str | None = None) -> int:
+        """Live after the last step, of all causes or of one."""
+        return sum(
+            event.change
+            for event in self.events
+            if event.allocation.device == device and cause in (None, event.allocation.cause)
+        )
 
     def building_peak_bytes(self, device: str = "cpu") -> int:
         """Most that was live at once while the model was built and loaded."""
@@ -152,7 +158,12 @@ def trace_steps(
             tracker.step += 1
             with tracker:
                 train_step(PhasedEngine(engine, tracker), batches)
-    return Trace(list(tracker.events), tracker.largest_third)  # without what happens when all of this is let go
+    return finish(tracker)
+
+
+def finish(tracker: Tracker) -> Trace:
+    """What was tracked so far, without what happens when all of it is let go."""
+    return Trace(list(tracker.events), tracker.largest_third, tracker.flops[tracker.step])
 
 
 def repeat_batch(batch: LabelledClips, count: int) -> list[LabelledClips]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from bigvivit.forecast.speed import count_flops
 
 Phase = Literal["build", "forward", "backward", "optimizer"]
 HOST = "lazy"
@@ -72,6 +75,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.step = 0
+        self.flops: Counter[int] = Counter()
         self.phase: Phase = "build"
         self.seen: Phase = "build"
         self.live: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -184,6 +188,7 @@ class Tracker(TorchDispatchMode):
         if self.inputs_of is not None:
             self.take_in(self.inputs_of, (args, kwargs))
         result = func(*args, **(kwargs or {}))
+        self.flops[self.step] += count_flops(func, args, kwargs or {}, result)
         if func.namespace == "c10d":
             if self.collective_scratch:
                 self.scratch(func, args)

@@ -67,6 +67,14 @@ def test_rows_are_plausible(row: Accelerator) -> None:
         assert link is None or 10e9 < link < 1e12
 
 
+def test_no_row_has_the_rates_of_another_chip() -> None:
+    """As the MI250X had the MI300X's. Those that share a chip say so."""
+    same = {"V100 32GB": "V100 16GB", "A100 80GB": "A100 40GB", "H200": "H100"}
+    for row in ACCELERATORS:
+        alike = [other.name for other in ACCELERATORS if other.rates == row.rates and other is not row]
+        assert set(alike) <= {same.get(row.name), *(name for name, of in same.items() if of == row.name)}
+
+
 def test_cards_without_bf16_units_have_no_flash_attention_either() -> None:
     for name in ("2080 Ti", "V100 16GB", "V100 32GB", "T4"):
         row = find_accelerator(name)

@@ -1,0 +1,106 @@
+"""`bigvivit.testing` as another project uses it: a program of its own, a budget, a golden, and a regression."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bigvivit.forecast import fake_tensors
+
+with fake_tensors():
+    pass  # what this imports does not stand being imported once more by each inner run of pytest
+
+PROGRAM = """
+import torch
+from torch import nn
+
+kept = []
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(256, 256) for _ in range(3))
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x).relu()
+            LEAK
+        return x
+
+def test_net(memory_budget):
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        net(torch.ones(1024, 256)).mean().backward()
+        optimizer.step()
+
+    memory_budget(step, peak="BUDGET")
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.delenv("CI", raising=False)
+    pytester.makeconftest('pytest_plugins = ["bigvivit.testing"]')
+    return pytester
+
+
+def run(project: pytest.Pytester, *words: str, budget: str = "9 MiB", leak: str = "pass") -> pytest.RunResult:
+    project.makepyfile(test_net=PROGRAM.replace("BUDGET", budget).replace("LEAK", leak))
+    return project.runpytest_inprocess("-p", "no:cacheprovider", *words)
+
+
+def test_a_step_within_its_budget_passes_and_one_above_names_what_grew(project: pytest.Pytester) -> None:
+    run(project, "--update-memory-goldens").assert_outcomes(passed=1)
+    (tests,) = json.loads((project.path / "memory_goldens.json").read_text()).values()
+    golden = tests["test_net.py::test_net"]
+    assert max(golden["most_bytes"].values()) < golden["peak_bytes"] < 9 * 2**20
+    assert golden["most_bytes"]["gradients of net.blocks.0"] == 256 * 257 * 4
+    run(project).assert_outcomes(passed=1)
+    result = run(project, leak="kept.append(x.clone()) if number == 1 else None")
+    result.assert_outcomes(failed=1)
+    # The first line of causes; 1 MiB of each of the three steps.
+    result.stdout.fnmatch_lines(
+        ["*above the budget of 9 MiB; since*", "*+3,145,728 B  activations of net *aten.clone*"]
+    )
+
+
+def test_a_budget_holds_without_goldens_too(project: pytest.Pytester) -> None:
+    result = run(project, budget="1 MiB")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*above the budget of 1 MiB; what it was made of before is not recorded*"])
+    assert not (project.path / "memory_goldens.json").exists()
+
+
+GOLDEN = """
+def test_peak(memory_golden):
+    memory_golden(PEAK, tolerance=0.02)
+"""
+
+
+def golden(project: pytest.Pytester, peak: int, *words: str) -> pytest.RunResult:
+    project.makepyfile(test_peak=GOLDEN.replace("PEAK", str(peak)))
+    return project.runpytest_inprocess("-p", "no:cacheprovider", "-rs", *words)
+
+
+def test_goldens_are_written_when_asked_and_never_passed_over(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = golden(project, 1000)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*has no peak of test_peak.py::test_peak for torch *only for nothing*"])
+    golden(project, 1000, "--update-memory-goldens").assert_outcomes(passed=1)
+    golden(project, 1020).assert_outcomes(passed=1)
+    for peak, word in ((1021, "more"), (979, "less")):
+        result = golden(project, peak)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines([f"*{word} than the 1,000 B it was*--update-memory-goldens*"])
+    path = project.path / "memory_goldens.json"
+    path.write_text(path.read_text().replace('"torch 2.', '"torch 1.'))
+    monkeypatch.setenv("CI", "true")
+    golden(project, 5000).assert_outcomes(skipped=1)  # versions that are new: nobody has looked at them yet
+    path.write_text(path.read_text().replace("test_peak.py", "test_other.py"))
+    golden(project, 1000).assert_outcomes(failed=1)  # a test that is new: it was not recorded
