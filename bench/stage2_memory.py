@@ -200,7 +200,9 @@ def judge(row: dict[str, Any], found: dict[str, Any] | None, fewer: dict[str, An
     if found is None:
         return row | {"evidence": "not run"}
     row |= {"evidence": "measured"}
-    row |= {key: value for key, value in found.items() if key not in ("commit", "data_bytes_before", *row)}
+    # Seconds neither: cells may run, or wait, beside other work. bench/step_time.py times steps.
+    left_out = {"commit", "data_bytes_before", "seconds_per_step", *row}
+    row |= {key: value for key, value in found.items() if key not in left_out}
     layer_major = row["plan"].startswith("layer-major")
     row["rest_bytes"] = rest_bytes(found)
     home = found["trainable_bytes"] + found["clip_bytes"] + found["tower_at_home_bytes"]
