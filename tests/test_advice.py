@@ -121,6 +121,6 @@ def test_zero_is_asked_about_again_and_again() -> None:
 
 
 def test_it_says_so_where_nothing_can_be_forecast() -> None:
-    (only,) = ask_for_advice(Trial(stage=1, **{**SMALL, "tower": "none/none"}), Room(GiB, cuda=False))
+    (only,) = ask_for_advice(Trial(stage=1, **{**SMALL, "tower": "./none"}), Room(GiB, cuda=False))
     assert only.startswith("nothing can be forecast: ")
-    assert "none/none" in only
+    assert "./none" in only
