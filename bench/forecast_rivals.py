@@ -61,7 +61,7 @@ class Arguments:
 @contextmanager
 def built(trial: Trial) -> Iterator[tuple[Any, Any]]:
     """The trial's engine and batch on fake tensors."""
-    ranks = fake_ranks(trial.world, always=trial.fsdp)
+    ranks = fake_ranks(trial.world, 0, always=trial.fsdp)
     with ranks, fake_engine(trial), fake_world(host=False):
         yield build_trial(trial, torch.device("cpu"), fake=True, free_bytes=FREE)
 
@@ -77,7 +77,7 @@ class Values(TorchDispatchMode):
 
 def ours(trial: Trial, steps: int) -> int:
     """The trace, with causes and modules."""
-    with fake_ranks(trial.world, always=trial.fsdp), fake_engine(trial):
+    with fake_ranks(trial.world, 0, always=trial.fsdp), fake_engine(trial):
         return trace_steps(
             lambda: build_trial(trial, torch.device("cpu"), fake=True, free_bytes=FREE), steps=steps
         ).peak_bytes()

@@ -27,6 +27,7 @@ from bigvivit.forecast.fake import fake_ranks
 from bigvivit.forecast.sharding import TowerSize, size_tower
 from bigvivit.forecast.trace import STEPS, Trace, repeat_batch, trace_steps
 from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.ds_json import zero_stage
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.measure import count_cpu_allocations, measure_data, measure_peak
 from bigvivit.memory.parallel import build_engine, build_sharder
@@ -133,7 +134,7 @@ def trace_trial(
     steps: int = STEPS,
     repeat: bool = True,
 ) -> Trace:
-    """The trial's steps on fake tensors, on rank 0 of as many fake ranks as it asks for.
+    """The trial's steps on fake tensors, on the fullest of as many fake ranks as it asks for.
 
     `host`: the device's memory is another than the host's; `card` makes the corrections of `forecast/corrections.py`
     but for those in `without`. For a process without a process group; after a trace of ZeRO, for one that does nothing
@@ -145,13 +146,21 @@ def trace_trial(
         return build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
 
     with ExitStack() as stack:
-        stack.enter_context(fake_ranks(trial.world, always=trial.ds is not None or trial.fsdp))
+        sharded = trial.ds is not None or trial.fsdp
+        stack.enter_context(fake_ranks(trial.world, fullest_rank(trial), always=sharded))
         stack.enter_context(fake_engine(trial))
         if trial.optimizer.endswith("8bit"):
             stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
         return trace_steps(
             build, host=host, card=card, without=without, steps=steps, accumulate=trial.accumulate, repeat=repeat
         )
+
+
+def fullest_rank(trial: Trial) -> int:
+    """The rank whose peak is the highest. ZeRO-2 keeps a rank's part of the gradients from when it is reduced: the last
+    rank's comes first in the backward, when the activations are still there. Else rank 0's part is never the smaller.
+    """
+    return trial.world - 1 if zero_stage(trial.ds) == 2 else 0
 
 
 def import_early(trial: Trial) -> None:

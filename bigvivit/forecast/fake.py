@@ -110,14 +110,14 @@ def replace_parameters(module: nn.Module, fn: Callable[[Tensor], Tensor], recurs
 
 
 @contextmanager
-def fake_ranks(world: int, *, always: bool) -> Iterator[None]:
-    """A process group of this size in which only rank 0 exists and collectives do nothing; for one rank if `always`."""
+def fake_ranks(world: int, rank: int, *, always: bool) -> Iterator[None]:
+    """A process group of this size in which only `rank` exists and collectives do nothing; for one rank if `always`."""
     if world == 1 and not always:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield
     finally:

@@ -229,7 +229,7 @@ def zero_on_fake_tensors() -> Iterator[None]:
     handle = deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle
     with ExitStack() as stack:
         # As a launcher would say it; DeepSpeed looks nowhere else.
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
+        ranks = {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
         stack.enter_context(patch.dict(os.environ, {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}))
         for name, module in list(sys.modules.items()):
             if name.startswith("deepspeed"):
