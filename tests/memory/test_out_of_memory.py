@@ -67,6 +67,6 @@ def test_holes_are_taken_off_the_room() -> None:
     def usable(tensors: int, holes: int, held: Peak | None = None) -> int:
         return Shortage("", "", held or Peak(1), None, tensors, holes, 1000).usable_bytes
 
-    assert usable(900, 0) == 900  # a tenth, however few there were
-    assert usable(600, 200) == 750  # a quarter, as there were
+    assert usable(900, 0) == 666  # a third, however few there were
+    assert usable(400, 400) == 500  # a half, as there were
     assert usable(600, 200, Peak(1, 600, 800)) == 1000  # CUDA's allocator is modelled, holes and all
