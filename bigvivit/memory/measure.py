@@ -15,7 +15,6 @@ import bisect
 import ctypes
 import gc
 import resource
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
@@ -55,8 +54,7 @@ class Peak:
 
 def measure_peak(device: torch.device) -> Peak:
     """This process's peak so far, with a rank on `device`."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    process = read_status("VmHWM")  # not getrusage, whose peak begins with that of the process that started this one
     if device.type != "cuda":
         return Peak(process_bytes=process)
     return Peak(
@@ -137,8 +135,13 @@ def measure_limit() -> int | None:
 
 def measure_data() -> int:
     """Bytes of this process that count towards RLIMIT_DATA."""
+    return read_status("VmData")
+
+
+def read_status(name: str) -> int:
+    """Bytes of one of Linux's counters of this process (proc(5))."""
     own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(own["VmData"].split()[0]) * 1024
+    return int(own[name].split()[0]) * 1024
 
 
 def least_over_ranks(value: int, device: torch.device) -> int:

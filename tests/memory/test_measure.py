@@ -51,7 +51,7 @@ def test_a_tensor_of_64_mib_is_seen_in_the_process_and_under_a_limit() -> None:
     )  # fmt: skip
     before, during, after = json.loads(done.stdout)
     assert during[0] - before[0] == pytest.approx(64 * MiB, rel=0.05)
-    assert after[0] == during[0]  # a peak stays
+    assert after[0] == pytest.approx(during[0], abs=MiB)  # a peak stays; the kernel counts in batches
     assert during[1] - before[1] == pytest.approx(64 * MiB, rel=0.05)
     assert after[1] < during[1] - 60 * MiB
     for _, data, free in (before, during, after):

@@ -92,7 +92,7 @@ def test_the_next_layer_comes_while_one_computes(tmp_path: Path, monkeypatch: py
     from bigvivit.memory import placement, stream
 
     reads: list[tuple[float, float]] = []
-    real_read, real_call = placement.read_bytes, torch.func.functional_call
+    real_read, real_call = placement.read_bytes, stream.functional_call
 
     def slow_read(*arguments: Any) -> Tensor:
         assert threading.current_thread() is not threading.main_thread()
@@ -112,7 +112,7 @@ def test_the_next_layer_comes_while_one_computes(tmp_path: Path, monkeypatch: py
         return output
 
     monkeypatch.setattr(placement, "read_bytes", slow_read)
-    monkeypatch.setattr(stream.torch.func, "functional_call", slow_call)
+    monkeypatch.setattr(stream, "functional_call", slow_call)
     model = build(tmp_path, placement="disk", chunk="all", group="all")
     model(PIXELS)
     assert len(reads) == len(calls) == 6
@@ -127,7 +127,7 @@ def test_each_fetch_starts_before_the_layer_before_it_computes(tmp_path: Path, m
 
     model = build(tmp_path, placement="cpu", chunk=4, group=4)  # two groups of one chunk
     events: list[str] = []
-    placement, real_call = model.tower.placement, torch.func.functional_call
+    placement, real_call = model.tower.placement, stream.functional_call
     real_fetch = placement.fetch
 
     def fetch(number: int) -> Any:
@@ -139,7 +139,7 @@ def test_each_fetch_starts_before_the_layer_before_it_computes(tmp_path: Path, m
         return real_call(*arguments)
 
     monkeypatch.setattr(placement, "fetch", fetch)
-    monkeypatch.setattr(stream.torch.func, "functional_call", call)
+    monkeypatch.setattr(stream, "functional_call", call)
     model(PIXELS)
     expected = ["fetch 0"]
     for number in [*range(1, 6), *range(6)]:  # embed, four layers and pool, twice
