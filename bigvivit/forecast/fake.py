@@ -6,8 +6,10 @@ host is on a device of another type, so that copies between the two are seen.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import _lru_cache_wrapper
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from bigvivit.forecast.tracker import HOST
 from bigvivit.memory import activations, engine, placement
@@ -36,8 +39,21 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
             stack.enter_context(
                 patch.object(activations, "empty_on_host", lambda tensor, pinned: on_host(mode, tensor))
             )
+        stack.callback(forget_fake_tensors)
         stack.enter_context(mode)
         yield mode
+
+
+def forget_fake_tensors() -> None:
+    """Empty the caches of functions (functools.lru_cache) that hold a fake tensor: real programs would be given it.
+
+    DINOv3's positions are kept so, for one.
+    """
+    for cache in [found for found in gc.get_objects() if isinstance(found, _lru_cache_wrapper)]:
+        held = gc.get_referents(cache)
+        held += [value for table in held if type(table) is dict for value in table.values()]  # of one without bounds
+        if any(isinstance(leaf, FakeTensor) for value in held for leaf in tree_leaves(value)):
+            cache.cache_clear()
 
 
 class FakeDdp(nn.Module):

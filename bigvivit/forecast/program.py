@@ -23,7 +23,7 @@ from torch.utils import swap_tensors
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.corrections import Name, as_on_cuda
-from bigvivit.forecast.fake import fake_tensor, replace_parameters
+from bigvivit.forecast.fake import fake_tensor, forget_fake_tensors, replace_parameters
 from bigvivit.forecast.trace import STEPS, Trace, finish, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
 
@@ -72,6 +72,7 @@ def trace_step(
     for root, module in named.items():
         tracker.names.update({part: f"{root}.{name}".strip(".") for name, part in module.named_modules()})
     with ExitStack() as stack:
+        stack.callback(forget_fake_tensors)
         stack.enter_context(without_weak_references(named.values()))
         stack.enter_context(without_memory(find_tensors(named.values(), optimizers), mode))
         stack.enter_context(mode)
@@ -116,7 +117,10 @@ def new_mode() -> FakeTensorMode:
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, a program is built without memory, however large it is. Trace it with `trace_step`, here or after."""
     with patch.object(nn.Module, "_apply", replace_parameters), new_mode() as mode:
-        yield mode
+        try:
+            yield mode
+        finally:
+            forget_fake_tensors()
 
 
 def find_tensors(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -262,3 +263,16 @@ def test_each_correction_of_cuda_shows_and_can_be_left_out() -> None:
     math = trace("TPU v3")
     assert "attention: math" in operators(math)
     assert math.peak_bytes() > ampere.peak_bytes()
+
+
+@pytest.mark.parametrize("bound", [8, None])
+def test_caches_of_functions_keep_nothing_of_a_trace(bound: int | None) -> None:
+    """As DINOv3's positions are kept: a real step after a trace would be given tensors without values."""
+
+    @lru_cache(maxsize=bound)
+    def positions(length: int) -> tuple[torch.Tensor, int]:
+        return torch.arange(length, dtype=torch.float32), length
+
+    model = nn.Linear(4, 4)
+    trace_step(lambda: model(positions(4)[0]).sum().backward(), modules=model)
+    assert positions(4)[0].tolist() == [0, 1, 2, 3]
