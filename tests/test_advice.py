@@ -107,6 +107,7 @@ def test_the_lines_name_the_settings_in_their_order() -> None:
     assert "nothing that can be set" in only
 
 
+@pytest.mark.slow
 def test_zero_is_asked_about_again_and_again() -> None:
     """DeepSpeed's engine on fake tensors leaves its process unusable for another."""
     ds = {

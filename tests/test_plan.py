@@ -28,6 +28,7 @@ def test_it_says_whether_it_fits_and_why(tmp_path: Path) -> None:
     assert "http" not in page.read_text()
 
 
+@pytest.mark.slow  # a trace of every lever
 def test_what_does_not_fit_says_what_would() -> None:
     words = ["--tower", "vit-demo", "--stage", "1", "--size", "216", "--frames", "64", "--clips", "8"]
     words += ["--temporal-depth", "2", "--classes", "8", "--hardware", "2GiB"]
@@ -43,7 +44,19 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_corrections_are_named_sized_and_left_out() -> None:
-    words = ["--tower", "vit-b", "--frames", "8", "--stage", "1", "--hardware", "A100 80GB", "--explain"]
+    words = [
+        "--tower",
+        "vit-demo",
+        "--size",
+        "48",
+        "--frames",
+        "8",
+        "--stage",
+        "1",
+        "--hardware",
+        "A100 80GB",
+        "--explain",
+    ]
     words += ["--optimizer", "adamw8bit"]
     made, left = (plan(*words, *more).stdout for more in ([], ["--without", "attention", "workspaces"]))
     for name in ("attention", "in-place", "workspaces"):
