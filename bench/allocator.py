@@ -20,7 +20,7 @@ from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.simulate import simulate
 from bigvivit.forecast.snapshot import read_trace
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.units import GiB
 
 EVENTS = 100_000
@@ -110,4 +110,4 @@ def replay_trace(path: Path, repeats: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

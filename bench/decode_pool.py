@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from bigvivit.data.loader import ClipLoader
 from bigvivit.data.manifest import Clip
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 
 SHAPE = (32, 3, 224, 224)
 
@@ -213,5 +212,5 @@ class OwnPid:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)
     os._exit(0)  # pools that were broken on purpose do not end by themselves

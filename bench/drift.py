@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from bigvivit.drift import DriftConfig, measure_drift
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +54,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.processes import run_ranks
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.trial import Trial, locate_peak, shorten, trace_trial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,4 +182,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_bench(main, Arguments, __doc__)

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvivit.forecast.fake import fake_ranks, fake_world
 from bigvivit.forecast.trace import trace_steps
 from bigvivit.processes import run_ranks
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.training.step import train_step
 from bigvivit.trial import Trial, build_trial, fake_engine
 
@@ -234,4 +233,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         one(*sys.argv[2:])
     else:
-        main(tyro.cli(Arguments, description=__doc__))
+        run_bench(main, Arguments, __doc__)

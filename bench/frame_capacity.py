@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bigvivit.config import ConfigError
+from bigvivit.assemble import open_tower
+from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.capacity import Capacity, find_capacity
 from bigvivit.forecast.card import judge, resolve_types
@@ -31,7 +31,7 @@ from bigvivit.forecast.overhead import capacity, forecast_overhead
 from bigvivit.forecast.trace import STEPS
 from bigvivit.plan import find_hardware
 from bigvivit.processes import RankFailed, run_ranks
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.trial import Trial, trace_trial
 from bigvivit.units import GiB, KiB, format_bytes, parse_bytes
 
@@ -106,6 +106,11 @@ class Arguments:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.plans if name not in PLANS]:
             raise ConfigError(f"plans: {', '.join(unknown)} is none of {', '.join(PLANS)}")
+        if self.limit is not None:
+            try:
+                parse_bytes(self.limit)
+            except ValueError as error:
+                raise ConfigError(f"limit: {error}; give 2GiB, for instance") from None
         if self.limit is not None and self.hardware is not None:
             raise ConfigError("limit and hardware: one measures here, the other forecasts for elsewhere; leave one out")
 
@@ -228,6 +233,8 @@ class Forecast:
 
 def main(arguments: Arguments) -> None:
     """Search each cell; rows are kept as they come, and a run that was interrupted goes on."""
+    for tower in arguments.towers:  # what is misspelt is said before anything is measured
+        open_tower(ModelConfig(tower=tower, tower_init="random", tubelet=2), seed=0)
     limit = parse_bytes(arguments.limit) if arguments.limit is not None else None
     measured = arguments.hardware is None
     card = find_card(arguments)
@@ -350,8 +357,6 @@ def draw(path: Path, panels: dict[str, tuple[int, dict[str, dict[Any, int]]]]) -
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Arguments, description=__doc__))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+        run_bench(main, Arguments, __doc__)
     except RankFailed as error:
         sys.exit(f"error: a probe ended, and not for want of memory; the rows so far are kept: {error}")

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.progress import track
 from safetensors.torch import load_file
 
 from bigvivit.data.demo import DemoConfig, write_demo
 from bigvivit.training.checkpoint import TRAINABLES
 from bigvivit.training.progress import CHECKPOINTS, list_checkpoints
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -176,4 +175,4 @@ def compare(whole: Path, killed: Path) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.progress import track
 
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from tests.memory.walk import ENGINES, Cell, walk
 
 
@@ -212,4 +211,4 @@ def describe(entry: Entry, found: list[float] | str, base: list[float]) -> dict[
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from bigvivit import assemble
@@ -23,7 +22,7 @@ from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.placement import Fetch, Here, Placement
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,4 +108,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

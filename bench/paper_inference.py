@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,7 +24,7 @@ from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import capacity, forecast_overhead
 from bigvivit.forecast.trace import Trace
 from bigvivit.model.towers import build_hf_model, resolve_tower
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.trial import Trial, trace_trial
 from bigvivit.units import format_bytes
 
@@ -228,4 +227,4 @@ def share(answers: list[bool]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_bench(main, Arguments, __doc__)

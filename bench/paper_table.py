@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.progress import track
 
 from bench.frame_capacity import FEW, MANY, PLANS, TRAINED, Forecast, draw, keep, read_kept
-from bigvivit.config import ConfigError
 from bigvivit.forecast.card import resolve_types
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import capacity, forecast_overhead
 from bigvivit.forecast.speed import EFFICIENCY_OF_PRODUCTS, EFFICIENCY_OF_TRANSFERS, Work, forecast_seconds
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +177,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, description=__doc__))
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_bench(main, Arguments, __doc__)

@@ -24,14 +24,13 @@ from unittest.mock import patch
 import accelerate
 import accelerate.hooks
 import torch
-import tyro
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import ViTModel
 
 from bench.timing import compare, ratio, spread, time_in_turn
 from bigvivit.memory.apply import apply_plan
-from bigvivit.memory.measure import count_cpu_allocations
+from bigvivit.memory.measure import count_cpu_allocations, measure_peak
 from bigvivit.memory.placement import Fetch
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower
@@ -39,7 +38,7 @@ from bigvivit.model.catalog import SIZES
 from bigvivit.model.towers import build_tower, resolve_tower
 from bigvivit.model.weights import open_weights
 from bigvivit.processes import run_ranks
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.units import KiB, format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +61,8 @@ WHERE: tuple[Where, ...] = ("cpu", "disk")
 class Arguments:
     """Compare, and write a report."""
 
-    tower: str = "vit-b"
-    """Size of the tower; `bigvivit towers` lists them. Its weights are drawn."""
+    tower: Literal["vit-b", "vit-l", "vit-h", "vit-g", "vit-demo"] = "vit-b"
+    """Size of the tower. Its weights are drawn."""
     frames: int = 8
     """Frames that go through it, each an image."""
     chunks: tuple[int, ...] = (8, 4, 2)
@@ -172,11 +171,11 @@ def measure(rival: Rival, frames: int) -> dict[str, int]:
             # Loading is over: theirs needs the whole model in memory once, which is not what is compared.
             Path("/proc/self/clear_refs").write_text("5")
             built.forward(pixels)
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            rss = measure_peak(torch.device("cpu")).process_bytes
     found = {
         "peak_bytes": building.left_bytes + running.peak_bytes,
         "pass_bytes": running.peak_bytes,
-        "rss_peak_bytes": int(status["VmHWM"].split()[0]) * KiB,
+        "rss_peak_bytes": rss,
         **moved,
     }
     if not isinstance(built.model, FrozenTower):
@@ -266,4 +265,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         print(json.dumps(measure(Rival(**json.loads(sys.argv[2])), int(sys.argv[3]))), flush=True)
     else:
-        main(tyro.cli(Arguments, description=__doc__))
+        run_bench(main, Arguments, __doc__)

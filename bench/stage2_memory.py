@@ -12,18 +12,17 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import torch
-import tyro
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from bigvivit.model.towers import resolve_tower
 from bigvivit.processes import RankFailed, run_ranks
-from bigvivit.training.report import read_commit, write_report
+from bigvivit.training.report import read_commit, run_bench, write_report
 from bigvivit.trial import Trial
 from bigvivit.units import KiB, MiB, format_bytes
 
@@ -76,7 +75,7 @@ class Arguments:
 
     frames: tuple[int, ...] = (8, 32, 128, 512)
     """Frames of the clip."""
-    towers: tuple[str, ...] = tuple(TOWERS)
+    towers: tuple[Literal["vit-b", "vit-l", "vit-h", "vit-g"], ...] = ("vit-b", "vit-l", "vit-h", "vit-g")
     """Image towers."""
     report: bool = False
     """Measure nothing, write the report of what was measured."""
@@ -253,4 +252,4 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_bench(main, Arguments, __doc__)

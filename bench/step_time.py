@@ -12,10 +12,9 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.progress import track
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from bigvivit.memory.stream import FrozenTower
 from bigvivit.model.catalog import SIZES
 from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import to_tubelets
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.training.step import train_step
 from bigvivit.trial import Trial, build_trial, open_source
 
@@ -50,8 +49,8 @@ OF_FULL, OF_PEER = 0.40, 0.97
 class Arguments:
     """Time steps, and write a report."""
 
-    tower: str = "vit-b"
-    """Size of the tower; `bigvivit towers` lists them. Its weights are drawn."""
+    tower: Literal["vit-b", "vit-l", "vit-h", "vit-g", "vit-demo"] = "vit-b"
+    """Size of the tower. Its weights are drawn."""
     layers: int | None = None
     """Use so many of the tower's layers only."""
     frames: int = 16
@@ -152,4 +151,4 @@ def judge(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_bench(main, Arguments, __doc__)

@@ -17,7 +17,7 @@ import tyro
 
 from bigvivit.data.decode import open_video
 from bigvivit.data.manifest import read_manifest
-from bigvivit.training.report import format_cell, write_report
+from bigvivit.training.report import format_cell, run_bench, write_report
 from bigvivit.training.summary import read_json
 from bigvivit.units import format_count
 
@@ -119,4 +119,4 @@ def draw_clips(figure: Any, manifest_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
-from bigvivit.training.report import write_report
+from bigvivit.config import ConfigError
+from bigvivit.training.report import run_bench, write_report
 from bigvivit.units import format_bytes, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Run one step in a process of its own, and write the report."""
-    limit = parse_bytes(arguments.limit)
+    try:
+        limit = parse_bytes(arguments.limit)
+    except ValueError as error:
+        raise ConfigError(f"limit: {error}; give 2.75GiB, for instance") from None
     plan = {"storage": "bf16", "compute": "fp32", "placement": "disk", "group": "all", "chunk": arguments.chunk}
     trial = {"stage": 2, "tower": "vit-g", "frames": arguments.frames, "temporal_depth": 4, "plan": plan}
     done = subprocess.run(
@@ -59,4 +62,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run_bench(main, Arguments, __doc__)

@@ -17,7 +17,7 @@ import tyro
 from bigvivit.config import ClipConfig
 from bigvivit.data.loader import build_train_loader
 from bigvivit.data.manifest import read_manifest
-from bigvivit.training.report import write_report
+from bigvivit.training.report import run_bench, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +67,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    run_bench(main, Arguments, __doc__)

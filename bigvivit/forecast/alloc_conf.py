@@ -128,6 +128,7 @@ def read_mebibytes(found: dict[str, str], key: str, least: int) -> int | None:
 
 
 def read_bool(found: dict[str, str], key: str) -> bool:
+    """As Python writes it; False where the key is not given. Raises ConfigError for anything else."""
     value = found.get(key, "False")
     if value not in ("True", "False"):
         raise fault(f"{key}:{value}", "must be True or False, with a capital letter", f"write {key}:True")

@@ -186,6 +186,7 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
 
 
 def to_event(kind: str, address: int, size: int, stream: int) -> Event:
+    """One recorded event, its numbers checked: a snapshot is somebody's file. Raises what `expect` does."""
     numbers = (address, size, stream)
     expect(
         kind in KINDS.values() and all(type(number) is int for number in numbers), f"event {kind!r} {numbers} is none"

@@ -10,7 +10,7 @@ import bisect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -155,23 +155,13 @@ class Tracker(TorchDispatchMode):
             return self.borders[place - 1][1]
         return next((self.names[module] for module in reversed(self.modules) if module in self.names), "")
 
-    @contextmanager
-    def operator(self, name: str) -> Iterator[None]:
+    def operator(self, name: str) -> AbstractContextManager[None]:
         """What is allocated inside is one operator's, of this name."""
-        self.operators.append(name)
-        try:
-            yield
-        finally:
-            self.operators.pop()
+        return innermost(self.operators, name)
 
-    @contextmanager
-    def cause(self, name: str) -> Iterator[None]:
+    def cause(self, name: str) -> AbstractContextManager[None]:
         """What is allocated inside is for this."""
-        self.causes.append(name)
-        try:
-            yield
-        finally:
-            self.causes.pop()
+        return innermost(self.causes, name)
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -290,6 +280,16 @@ OUT_OF_PLACE = {
 """What autograd calls on subclasses of tensors, and what it calls on real ones."""
 HELD_BY_BUFFER_ALONE = (4, 2)
 """References to a tensor and to its storage as seen from a dispatch mode, when only autograd's buffer holds it."""
+
+
+@contextmanager
+def innermost(names: list[str], name: str) -> Iterator[None]:
+    """`name` is the last of `names` inside."""
+    names.append(name)
+    try:
+        yield
+    finally:
+        names.pop()
 
 
 def local_tensors(tensor: Tensor) -> tuple[Tensor, ...]:

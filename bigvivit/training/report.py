@@ -10,12 +10,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigvivit.config import TrainConfig
+import tyro
+
+from bigvivit.config import ConfigError, TrainConfig
 from bigvivit.units import format_bytes
 
 if TYPE_CHECKING:
@@ -113,6 +116,15 @@ def format_cell(key: str, value: Any) -> str:
     if key.startswith("top"):
         return f"{value:.1%}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def run_bench(main: Callable[[Any], None], arguments: type, description: str | None) -> None:
+    """A bench's command line. A setting that cannot be ends with one message and exit code 2, as in `bigvivit`."""
+    try:
+        main(tyro.cli(arguments, description=description))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def read_command() -> str:
