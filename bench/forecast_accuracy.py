@@ -18,7 +18,8 @@ import torch
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.processes import run_ranks
 from bigvivit.training.report import run_bench, write_report
-from bigvivit.trial import Trial, locate_peak, shorten, trace_trial
+from bigvivit.trial import Trial, shorten, trace_trial
+from bigvivit.trial_run import locate_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = {"compute": "fp32", "group": "all", "chunk": 2}
@@ -131,7 +132,7 @@ def compare(cell: dict[str, Any]) -> dict[str, Any]:
     """One cell, measured and traced."""
     text = json.dumps(cell)
     if cell.get("world", 1) > 1:
-        ranks = run_ranks(["-m", "bigvivit.trial", text], cell["world"])
+        ranks = run_ranks(["-m", "bigvivit.trial_run", text], cell["world"])
         most = max(ranks, key=lambda rank: rank["peak_bytes"])
         measured, operator = most["peak_bytes"], most["peak_operator"]
         traced = run_ranks(["-c", TRACE, text])[0]

@@ -187,7 +187,7 @@ def main(arguments: Arguments) -> None:
     for name, cell in CELLS.items():
         if arguments.only not in name:
             continue
-        ranks = run_ranks(["-m", "bigvivit.trial", json.dumps(cell)], cell.get("world", 1))
+        ranks = run_ranks(["-m", "bigvivit.trial_run", json.dumps(cell)], cell.get("world", 1))
         measured = max(rank["peak_bytes"] for rank in ranks)
         for method in methods_for(cell):
             row = {"cell": name, "method": method, "evidence": "measured", "measured_peak_bytes": measured}

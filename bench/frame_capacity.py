@@ -153,7 +153,7 @@ def probe(trial: Trial, limit: int | None, device: str) -> dict[str, Any] | None
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-    words = ["-m", "bigvivit.trial", trial.to_json(), "3", device]
+    words = ["-m", "bigvivit.trial_run", trial.to_json(), "3", device]
     try:
         found = run_ranks(words, trial.world, environment=PROBE, before=restrict)
     except RankFailed as error:

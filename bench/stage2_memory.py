@@ -162,7 +162,7 @@ def measure_cells(cells: list[Cell], kept: Path, found: dict[tuple[str, str, int
         for cell in cells:
             progress.update(task, description=f"{cell.tower}, {cell.plan}, {cell.frames} frames")
             try:
-                words = ["-m", "bigvivit.trial", cell.trial.to_json(), "parts"]
+                words = ["-m", "bigvivit.trial_run", cell.trial.to_json(), "parts"]
                 (answer,) = run_ranks(words, environment=ENVIRONMENT)
             except RankFailed as error:  # the machine's memory may be others'; the next run tries again
                 progress.print(f"{cell} failed: {error}")

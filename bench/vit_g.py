@@ -45,7 +45,7 @@ def main(arguments: Arguments) -> None:
     plan = {"storage": "bf16", "compute": "fp32", "placement": "disk", "group": "all", "chunk": arguments.chunk}
     trial = {"stage": 2, "tower": "vit-g", "frames": arguments.frames, "temporal_depth": 4, "plan": plan}
     done = subprocess.run(
-        [sys.executable, "-m", "bigvivit.trial", json.dumps(trial), "1"],
+        [sys.executable, "-m", "bigvivit.trial_run", json.dumps(trial), "1"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),

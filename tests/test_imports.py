@@ -25,6 +25,7 @@ ANYTHING = {
     "drift",
     "plan",
     "trial",
+    "trial_run",
     "testing",
 }
 MAY_IMPORT = {

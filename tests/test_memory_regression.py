@@ -28,7 +28,8 @@ from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.fsdp import FsdpSharder
 from bigvivit.memory.stream import FrozenTower, StreamedLayer
 from bigvivit.testing import explain_growth, most_by_cause
-from bigvivit.trial import Trial, measure_trial, run_trial, trace_trial
+from bigvivit.trial import Trial, trace_trial
+from bigvivit.trial_run import measure_trial, run_trial
 from bigvivit.units import GiB
 from tests.launching import ROOT, environment
 

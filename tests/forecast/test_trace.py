@@ -17,7 +17,8 @@ import torch.cuda._memory_viz
 from bigvivit.forecast.memory_viz import write_snapshot
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.trial import Trial, measure_trial, trace_trial
+from bigvivit.trial import Trial, trace_trial
+from bigvivit.trial_run import measure_trial
 from tests.launching import ROOT, environment, free_port
 
 SMALL: dict[str, Any] = {"tower": "vit-b", "layers": 2, "frames": 8, "size": 112, "temporal_depth": 1, "classes": 10}
@@ -117,7 +118,7 @@ def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> Non
     text, port = json.dumps(cell), str(free_port())
     ranks = [
         run(
-            ["-m", "bigvivit.trial", text],
+            ["-m", "bigvivit.trial_run", text],
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for rank in range(2)

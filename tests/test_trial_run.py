@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bigvivit.trial import Trial, measure_parts
+from bigvivit.trial import Trial
+from bigvivit.trial_run import measure_parts
 
 PLANS: dict[str, dict[str, Any]] = {
     "chunk-major": {"group": 2, "chunk": 2},
