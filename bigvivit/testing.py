@@ -92,8 +92,8 @@ class Goldens:
         failure where the test is, since whoever added it forgot to record it."""
         known = ", ".join(f"({versions})" for versions, tests in self.read_all().items() if self.name in tests)
         reason = (
-            f"{self.path.name} has no peak of {self.name} for {self.versions}, only for {known or 'nothing'}: look at the peaks, "
-            "then run pytest with --update-memory-goldens"
+            f"{self.path.name} has no peak of {self.name} for {self.versions}, only for {known or 'nothing'}: "
+            "look at the peaks, then run pytest with --update-memory-goldens"
         )
         if os.environ.get("CI") and not known:
             pytest.fail(reason, pytrace=False)
