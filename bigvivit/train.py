@@ -134,7 +134,7 @@ def run_stage(job: Job, stop: StopSignal) -> None:
 
     from bigvivit import assemble
     from bigvivit.memory.out_of_memory import is_out_of_memory, measure_shortage
-    from bigvivit.out_of_memory import write_page
+    from bigvivit.oom_page import write_page
     from bigvivit.training.rank_failure import tell_failure
 
     logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ANYTHING = {
     "processes",
     "advice",
-    "out_of_memory",
+    "oom_page",
     "train",
     "eval",
     "predict",
