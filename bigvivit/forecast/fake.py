@@ -49,7 +49,7 @@ def forget_fake_tensors() -> None:
 
     DINOv3's positions are kept so, for one.
     """
-    for cache in [found for found in gc.get_objects() if isinstance(found, _lru_cache_wrapper)]:
+    for cache in [found for found in gc.get_objects() if type(found) is _lru_cache_wrapper]:
         held = gc.get_referents(cache)
         held += [value for table in held if type(table) is dict for value in table.values()]  # of one without bounds
         if any(isinstance(leaf, FakeTensor) for value in held for leaf in tree_leaves(value)):
