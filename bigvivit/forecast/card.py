@@ -101,7 +101,7 @@ def allocator_events(trace: Trace, device: str = "cpu") -> Iterator[tuple[str, i
             size += before
         if size > 0:
             blocks[number] = (numbers, size)
-            yield "a", numbers, size, 0
+            yield "a", numbers, size, event.allocation.stream
             numbers += 1
 
 

@@ -30,7 +30,8 @@ def write_snapshot(trace: Trace, path: Path, device: str = "cpu") -> None:
             size += block["size"]
             entries += [{**block, "action": action} for action in ("free_requested", "free_completed")]
         if size > 0:
-            block = {"action": "alloc", "addr": end, "size": size, "stream": 0, "frames": describe(event.allocation)}
+            stream, frames = event.allocation.stream, describe(event.allocation)
+            block = {"action": "alloc", "addr": end, "size": size, "stream": stream, "frames": frames}
             live[event.allocation] = block
             entries.append(block)
             end += size

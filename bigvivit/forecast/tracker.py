@@ -46,6 +46,8 @@ class Allocation:
     op: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stream: int = 0
+    """That it was made on: 0 the program's own, others in the order in which they appear."""
 
 
 @dataclass(slots=True)
@@ -80,6 +82,8 @@ class Tracker(TorchDispatchMode):
         self.seen: Phase = "build"
         self.live: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.made = 0
+        # The CPU stands for the device, streams of the CPU, which do nothing, for its streams.
+        self.streams = {torch.cpu.current_stream(): 0}
         self.modules: list[nn.Module] = []
         self.causes: list[str] = []
         self.operators: list[str] = []
@@ -114,8 +118,9 @@ class Tracker(TorchDispatchMode):
         """An allocation that has no bytes yet."""
         phase = self.current_phase()
         self.made += 1
+        stream = self.streams.setdefault(torch.cpu.current_stream(), len(self.streams))
         return Allocation(
-            self.made - 1, 0, device, self.step, phase, cause, self.current_module(phase), op, shape, dtype
+            self.made - 1, 0, device, self.step, phase, cause, self.current_module(phase), op, shape, dtype, stream
         )
 
     def follow(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:

@@ -30,7 +30,21 @@ PLANS: dict[str, dict[str, Any]] = {
 def rows(trace: Trace) -> list[tuple[Any, ...]]:
     """All that an event says."""
     return [
-        (e.change, e.step, e.phase, a.nbytes, a.device, a.step, a.phase, a.cause, a.module, a.op, a.shape, a.dtype)
+        (
+            e.change,
+            e.step,
+            e.phase,
+            a.nbytes,
+            a.device,
+            a.step,
+            a.phase,
+            a.cause,
+            a.module,
+            a.op,
+            a.shape,
+            a.dtype,
+            a.stream,
+        )
         for e in trace.events
         for a in [e.allocation]
     ]
@@ -45,13 +59,15 @@ def test_repeating_layers_leaves_the_trace_as_it_is(name: str) -> None:
 
 
 def in_child(engine: str, change: str) -> subprocess.CompletedProcess[str]:
-    """A trace on four ranks of `engine`, after `change`, in a process of its own: its events' sizes, and their sum."""
+    """A trace on four ranks of `engine`, after `change`, in a process of its own: events by bytes, stream, operator."""
     ds = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": int(engine[-1]), "reduce_bucket_size": 10**6} if engine != "fsdp" else {},
+        "zero_optimization": {"stage": int(engine[-1]), "reduce_bucket_size": 10**6, "overlap_comm": True}
+        if engine != "fsdp"
+        else {},
     }
     sharded = {"fsdp": True} if engine == "fsdp" else {"ds": ds}
     code = f"""
@@ -63,7 +79,7 @@ def change(repeat=True):
     {change}
     return repeat
 trace = trace_trial(Trial.from_json(sys.argv[1]), free_bytes=1 << 30, repeat=change())
-print(json.dumps([event.change for event in trace.events]))
+print(json.dumps([(event.change, event.allocation.stream, event.allocation.op) for event in trace.events]))
 """
     cell = json.dumps({**SMALL, **sharded, "world": 4, "plan": {"compute": "fp32", "group": "all", "chunk": 2}})
     command = [sys.executable, "-W", "ignore", "-c", code, cell]
@@ -87,7 +103,29 @@ def test_what_saves_time_leaves_the_trace_as_it_is(engine: str) -> None:
         "zero3": f"module.gather_at_once = {partition}.AllGatherCoalescedHandle.wait",
         "zero2": "pass",
     }[engine]
-    assert sorted(events(engine)) == sorted(events(engine, f"{whole}; repeat = False"))
+    short, full = events(engine), events(engine, f"{whole}; repeat = False")
+    assert sorted(event[:2] for event in short) == sorted(event[:2] for event in full)
+
+
+SIDE_STREAMS = {
+    "fsdp": [{"aten.empty.memory_format"}, {"c10d::_allgather_base_"}, {"c10d::_reduce_scatter_base_"}],
+    "zero2": [{"aten.cat.default"}],
+    "zero3": [{"aten.empty.memory_format"}, {"aten.cat.default", "c10d::_reduce_scatter_base_"}],
+}
+"""What takes memory on each stream beside the program's own: copies in, gathers, reductions; buckets of gradients; and
+ZeRO-3's gathers and reductions."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SIDE_STREAMS)
+def test_gathers_and_reductions_take_memory_on_streams_of_their_own(engine: str) -> None:
+    found: dict[int, set[str]] = {}
+    for _, stream, op in events(engine):
+        found.setdefault(stream, set()).add(op)
+    assert sorted(found) == list(range(len(SIDE_STREAMS[engine]) + 1))
+    for number, ops in enumerate(SIDE_STREAMS[engine], start=1):
+        assert ops <= found[number]
+        assert not any(op.startswith(("aten.mm", "aten.addmm")) for op in found[number])
 
 
 ASKED_UNDER = {
