@@ -3,7 +3,8 @@
 torch's MemTracker and FSDPMemTracker run the same step on the same fake tensors; DeepSpeed's
 estimate_zero3_model_states_mem_needs and accelerate's estimate-memory have formulas over the same weights. Every
 forecast runs in a process of its own, one after the other, and its seconds do not count imports. `--big` adds ViT-g's
-full step at 8 frames, one step of each, ours and MemTracker's in turn; nobody measures that one here.
+full step at 8 frames, one step of each, ours and MemTracker's in turn; and its stage 2 at 128 frames on 64 ranks by
+each shipped way to share it out, as `bigvivit plan` traces it. Nobody measures those here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigvivit.config import OptimConfig
 from bigvivit.forecast.fake import fake_ranks, fake_world
-from bigvivit.forecast.trace import trace_steps
+from bigvivit.forecast.hardware import find_accelerator
+from bigvivit.forecast.overhead import capacity, forecast_overhead
+from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.processes import run_ranks
 from bigvivit.training.report import run_bench, write_report
 from bigvivit.training.step import train_step
-from bigvivit.trial import Trial, build_trial, fake_engine
+from bigvivit.trial import Trial, build_trial, fake_engine, trace_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"tower": "vit-b", "layers": 4, "frames": 8, "temporal_depth": 2, "optimizer": "adamw"}
@@ -40,6 +44,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "stage 2, FSDP2 on 2 ranks": {**SMALL, "stage": 2, "world": 2, "fsdp": True, "plan": FP32},
 }
 BIG = {"tower": "vit-g", "frames": 8, "stage": 1}
+PLANNED: dict[str, Any] = {"tower": "vit-g", "frames": 128, "stage": 2, "world": 64, "plan": {"compute": "bf16"}}
+CARD, WITHIN_S = "A100 80GB", 10.0
+"""That it is planned for; and the target."""
 FREE = 1 << 34
 
 
@@ -76,10 +83,14 @@ class Values(TorchDispatchMode):
 
 def ours(trial: Trial, steps: int) -> int:
     """The trace, with causes and modules."""
-    with fake_ranks(trial.world, 0, always=trial.fsdp), fake_engine(trial):
-        return trace_steps(
-            lambda: build_trial(trial, torch.device("cpu"), fake=True, free_bytes=FREE), steps=steps
-        ).peak_bytes()
+    return trace_trial(trial, free_bytes=FREE, steps=steps).peak_bytes()
+
+
+def planned(trial: Trial, steps: int) -> int:
+    """The same for a card."""
+    card = find_accelerator(CARD)
+    free = capacity(card, forecast_overhead(card, ranks=trial.world))[1]
+    return trace_trial(trial, free_bytes=free, host=True, card=card, steps=steps).peak_bytes()
 
 
 def mem_tracker(trial: Trial, steps: int) -> int:
@@ -163,13 +174,23 @@ def forecast(method: str, cell: dict[str, Any], steps: int) -> dict[str, Any]:
 def one(method: str, cell: str, steps: str) -> None:
     """What `forecast` starts."""
     trial = Trial.from_json(cell)
-    import torch.distributed._tools.fsdp2_mem_tracker  # noqa: F401 - imports are nobody's time
+    # Imports are nobody's time.
+    import torch.distributed._tools.fsdp2_mem_tracker  # noqa: F401
+
+    import bigvivit.memory.fsdp
+
+    if trial.ds is not None:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - in the middle of its start
+
+        import bigvivit.memory.zero  # noqa: F401
 
     start = time.perf_counter()
     try:
-        found: dict[str, Any] = {"forecast_peak_bytes": METHODS[method](trial, int(steps))}
+        found: dict[str, Any] = {
+            "forecast_peak_bytes": {**METHODS, "bigvivit plan": planned}[method](trial, int(steps))
+        }
     except Exception as error:  # whatever others fail with is a finding
-        if method == "bigvivit":
+        if method.startswith("bigvivit"):
             raise
         found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
     print(json.dumps({**found, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
@@ -179,6 +200,14 @@ def one(method: str, cell: str, steps: str) -> None:
 def methods_for(cell: dict[str, Any]) -> list[str]:
     """FSDP's tracker is for FSDP, the other for the rest."""
     return [name for name in METHODS if name != ("MemTracker" if cell.get("fsdp") else "FSDPMemTracker")]
+
+
+def list_shipped() -> dict[str, dict[str, Any]]:
+    """Every way to share a step out that this repository ships a configuration or an option for."""
+    shipped: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": {"fsdp": True}}
+    for path in sorted((ROOT / "ds_configs").glob("*.json")):
+        shipped[path.name] = {"ds": read_ds_json(path, OptimConfig(batch_size=PLANNED["world"]), PLANNED["world"])}
+    return shipped
 
 
 def main(arguments: Arguments) -> None:
@@ -201,7 +230,23 @@ def main(arguments: Arguments) -> None:
             row = {"cell": f"ViT-g, stage 1, 8 frames, round {number + 1}", "method": method, "evidence": "forecast"}
             rows.append(row | forecast(method, BIG, 1))
             print(f"{rows[-1]['cell']}, {method}: {rows[-1]['seconds']} s", flush=True)
-    settings = {"cells": CELLS, "big": BIG, "steps": "3, of ViT-g 1", "threads": 1}
+    for name, sharded in list_shipped().items() if arguments.big else ():
+        row = {
+            "cell": f"ViT-g, stage 2, 128 frames, 64 ranks, {name}",
+            "method": "bigvivit plan",
+            "evidence": "forecast",
+        }
+        row |= forecast("bigvivit plan", {**PLANNED, **sharded}, 3)
+        row["target"] = f"{'met' if row['seconds'] <= WITHIN_S else 'not met'}: within {WITHIN_S:.0f} s"
+        rows.append(row)
+        print(f"{row['cell']}: {row['seconds']} s, {row['target']}", flush=True)
+    settings = {
+        "cells": CELLS,
+        "big": BIG,
+        "planned": {**PLANNED, "card": CARD},
+        "steps": "3, of ViT-g 1",
+        "threads": 1,
+    }
     stem = write_report(arguments.results, "forecast_rivals", device=torch.device("cpu"), settings=settings, rows=rows)
     draw(rows, stem.with_name(stem.name + ".png"))
     print(f"wrote {stem}.json, .md and .png")

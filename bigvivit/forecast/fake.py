@@ -39,6 +39,8 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
             stack.enter_context(
                 patch.object(activations, "empty_on_host", lambda tensor, pinned: on_host(mode, tensor))
             )
+        # It looks for a GPU whenever a tensor is made, and where there is none it starts NVML to do so.
+        stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", mode.avoid_device_init))
         stack.callback(forget_fake_tensors)
         stack.enter_context(mode)
         yield mode

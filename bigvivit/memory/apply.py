@@ -79,9 +79,9 @@ def apply_plan(
         sharder.finish(model)
     if frozen:
         held, trained = held_bytes(model, placement)
-        # On the rank that has least, so that all fetch as often.
-        left_bytes = least_over_ranks(measure_free(device) if free_bytes is None else free_bytes - held, device)
-        left_bytes = max(left_bytes - STATES * trained, 0)
+        # Measured: the least over the ranks, so that all fetch as often.
+        left = least_over_ranks(measure_free(device), device) if free_bytes is None else free_bytes - held
+        left_bytes = max(left - STATES * trained, 0)
     if plan.recompute:
         apply_recompute(model, plan.recompute, reentrant=sharder is not None and sharder.forgets_shapes)
     if plan.offload_activations:

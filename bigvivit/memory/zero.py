@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -213,6 +214,49 @@ def gather_at_once(
     handle.complete = True
 
 
+def with_one_view(gather: Callable[..., None]) -> Callable[..., None]:
+    """Its gathering of weights, with one view for every rank's part of a buffer: without values all are alike."""
+    original = Tensor.narrow
+
+    def call(*args: Any, **options: Any) -> None:
+        views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+        def narrow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+            if (id(tensor), length) not in views:
+                views[id(tensor), length] = tensor, original(tensor, dim, start, length)
+            return views[id(tensor), length][1]
+
+        with patch.object(Tensor, "narrow", narrow):
+            gather(*args, **options)
+
+    return call
+
+
+def reduce_at_once(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Its `reduce_scatter_coalesced` in the same memory, without a view of every rank's part of every tensor."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [math.ceil(tensor.numel() / world) for tensor in tensors]
+    if len(tensors) == 1 and tensors[0].numel() == sizes[0] * world:
+        buffer = tensors[0].view(-1)
+    else:
+        fill = [size - own_size(t, size, r) for r in range(world) for t, size in zip(tensors, sizes, strict=True)]
+        padding = [tensors[0].new_empty(count) for count in fill if count]
+        buffer = tensors[0].new_empty(sum(sizes) * world)
+        del padding
+    part = buffer.narrow(0, sum(sizes) * rank, sum(sizes))
+    deepspeed.comm.reduce_scatter_fn(part, buffer, group=group, async_op=False)
+    offsets = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [
+        part.narrow(0, offset, own_size(tensor, size, rank))
+        for tensor, size, offset in zip(tensors, sizes, offsets, strict=True)
+    ]
+
+
+def own_size(tensor: Tensor, size: int, rank: int) -> int:
+    """Elements of a rank's part of a tensor that is cut into parts of `size`."""
+    return max(0, min(size, tensor.numel() - size * rank))
+
+
 FAKE_ANSWERS: dict[str, Callable[..., Any]] = {
     # Would look whether the norm of the gradients is a number: every value is taken for 1 in a trace, which is "no".
     "is_invalid_grad_norm": lambda *_, **__: False,
@@ -251,6 +295,8 @@ def zero_on_fake_tensors() -> Iterator[None]:
     """Make DeepSpeed's engine run on fake tensors and a fake process group; for a process that does nothing else."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     handle = deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle
+    stage3 = deepspeed.runtime.zero.stage3
+    coordinator = deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator
     with ExitStack() as stack:
         # As a launcher would say it; DeepSpeed looks nowhere else.
         ranks = {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
@@ -261,6 +307,9 @@ def zero_on_fake_tensors() -> Iterator[None]:
                     if key in vars(module):
                         stack.enter_context(patch.object(module, key, answer))
         stack.enter_context(patch.object(handle, "wait", gather_at_once))
+        gather = f"_{coordinator.__name__}__all_gather_params_"
+        stack.enter_context(patch.object(coordinator, gather, with_one_view(getattr(coordinator, gather))))
+        stack.enter_context(patch.object(stage3, "reduce_scatter_coalesced", reduce_at_once))
         stack.enter_context(side_streams())
         deepspeed.init_distributed(verbose=False)
         yield

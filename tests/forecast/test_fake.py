@@ -100,7 +100,9 @@ def test_what_saves_time_leaves_the_trace_as_it_is(engine: str) -> None:
     partition = "module.deepspeed.runtime.zero.partition_parameters"
     whole = {
         "fsdp": "module.first_chunk = module._fsdp_param._chunk_with_empty",
-        "zero3": f"module.gather_at_once = {partition}.AllGatherCoalescedHandle.wait",
+        "zero3": f"module.gather_at_once = {partition}.AllGatherCoalescedHandle.wait; "
+        "module.with_one_view = lambda gather: gather; "
+        "module.reduce_at_once = module.deepspeed.runtime.zero.stage3.reduce_scatter_coalesced",
         "zero2": "pass",
     }[engine]
     short, full = events(engine), events(engine, f"{whole}; repeat = False")
@@ -110,7 +112,7 @@ def test_what_saves_time_leaves_the_trace_as_it_is(engine: str) -> None:
 SIDE_STREAMS = {
     "fsdp": [{"aten.empty.memory_format"}, {"c10d::_allgather_base_"}, {"c10d::_reduce_scatter_base_"}],
     "zero2": [{"aten.cat.default"}],
-    "zero3": [{"aten.empty.memory_format"}, {"aten.cat.default", "c10d::_reduce_scatter_base_"}],
+    "zero3": [{"aten.empty.memory_format"}, {"aten.new_empty.default", "c10d::_reduce_scatter_base_"}],
 }
 """What takes memory on each stream beside the program's own: copies in, gathers, reductions; buckets of gradients; and
 ZeRO-3's gathers and reductions."""

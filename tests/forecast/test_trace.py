@@ -192,3 +192,14 @@ def test_steps_phases_and_devices_are_told_apart() -> None:
     states = [e.step for e in trace.events if e.allocation.cause == "optimizer state" and e.change > 0]
     assert set(states) == {1}
     assert {event.allocation.device for event in trace.events} == {"cpu", "host"}
+
+
+def test_ranks_stream_a_tower_as_one_process_does() -> None:
+    """How much memory is free is what the trace was told, also where ranks agree on the least of all."""
+
+    def gathers(plan: MemoryPlan) -> int:
+        trial = Trial(stage=2, tower="vit-demo", size=48, frames=32, temporal_depth=1, plan=plan, fsdp=True, world=8)
+        trace = trace_trial(trial, free_bytes=PLENTY, steps=1)
+        return sum(event.allocation.op == "c10d::_allgather_base_" for event in trace.events)
+
+    assert gathers(MemoryPlan(compute="bf16")) == gathers(MemoryPlan(compute="bf16", group="all"))
