@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,12 +35,18 @@ log = logging.getLogger(__name__)
 
 def init_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed use the process group that exists, quietly, with or without a C++ compiler."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    be_quiet()
     if device.type == "cpu":
         go_on_without_compiler()
     deepspeed.init_distributed(verbose=False)
     if device.type == "cpu":
         unlink_shared_memory()
+
+
+def be_quiet() -> None:
+    """Say what concerns the user, and not how DeepSpeed calls PyTorch."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 
 def unlink_shared_memory() -> None:
@@ -293,7 +300,7 @@ def side_streams() -> Iterator[None]:
 @contextmanager
 def zero_on_fake_tensors() -> Iterator[None]:
     """Make DeepSpeed's engine run on fake tensors and a fake process group; for a process that does nothing else."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    be_quiet()
     handle = deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle
     stage3 = deepspeed.runtime.zero.stage3
     coordinator = deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator
