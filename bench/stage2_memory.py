@@ -45,7 +45,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "layer-major, disk": {"group": "all", "chunk": CHUNK, "placement": "disk"},
     "layer-major, nf4": {"group": "all", "chunk": CHUNK, "storage": "nf4"},
 }
-"""Storage is bf16 but for nf4, and every tower computes in fp32: its weights are cast layer by layer."""
+"""Storage is bf16 but for nf4, and every tower computes in bf16."""
 TOWERS: dict[str, int | None] = {"vit-b": None, "vit-l": None, "vit-h": 8, "vit-g": 8}
 """And how many of their layers; None for all."""
 TOKENS = {14: 257, 16: 197}
@@ -99,7 +99,7 @@ class Cell:
     @property
     def trial(self) -> Trial:
         """What the process runs."""
-        plan = {"storage": "bf16", "compute": "fp32", **PLANS[self.plan]}
+        plan = {"storage": "bf16", "compute": "bf16", **PLANS[self.plan]}
         values = {"stage": 2, "tower": self.tower, "layers": TOWERS[self.tower], "frames": self.frames, "plan": plan}
         return Trial.from_json(json.dumps(values))
 
@@ -136,7 +136,7 @@ def main(arguments: Arguments) -> None:
         before = found[cell.tower, cell.plan, max(fewer)] if fewer else None
         rows.append(judge(row, found.get((cell.tower, cell.plan, cell.frames)), before))
     commits = sorted({line["commit"] for line in found.values()})
-    settings = {"plans": PLANS, "storage": "bf16 or nf4", "compute": "fp32", "temporal_depth": 4, "local_batch": 1,
+    settings = {"plans": PLANS, "storage": "bf16 or nf4", "compute": "bf16", "temporal_depth": 4, "local_batch": 1,
                 "tubelet": 2, "size": 224, "optimizer": "sgd with momentum, its state made before the step",
                 "steps": 1, "environment": ENVIRONMENT, "commits_of_rows": commits}  # fmt: skip
     stem = write_report(arguments.results, "stage2_memory", device=torch.device("cpu"), settings=settings, rows=rows)
@@ -177,9 +177,9 @@ def measure_cells(cells: list[Cell], kept: Path, found: dict[tuple[str, str, int
 
 
 def calibrate() -> float:
-    """Operations a second of one ViT-B layer on a chunk, in fp32."""
-    layer = ViTLayer(ViTConfig(attn_implementation="sdpa")).eval()
-    hidden = torch.randn(CHUNK, TOKENS[16], 768)
+    """Operations a second of one ViT-B layer on a chunk."""
+    layer = ViTLayer(ViTConfig(attn_implementation="sdpa")).eval().to(torch.bfloat16)
+    hidden = torch.randn(CHUNK, TOKENS[16], 768, dtype=torch.bfloat16)
     with torch.no_grad():
         layer(hidden)
         start = time.perf_counter()
