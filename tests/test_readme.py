@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from bench.frame_capacity import Arguments as CapacityConfig
 from bench.two_stages import readme_table
@@ -15,6 +16,7 @@ from bigvivit.forecast.replay_report import ReplayConfig
 from bigvivit.plan import PlanConfig
 from bigvivit.predict import PredictConfig
 from bigvivit.training.progress import flat_settings
+from bigvivit.units import MiB
 from tests.launching import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -49,6 +51,28 @@ def test_what_the_allocator_was_held_to() -> None:
         3,
     )
     assert all(row["seconds"] <= 2 for row in rows)
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Of the one report of this bench that the README links."""
+    (report,) = set(re.findall(rf"bench/results/({name}_\S+?)\.md", README))
+    rows: list[dict[str, Any]] = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    return rows
+
+
+def test_what_streaming_costs() -> None:
+    text = " ".join(README.split())
+    shares = [row["by_full_step"] for row in rows_of("step_time") if row["name"].startswith("stage 2")]
+    assert f"takes {min(shares):.2f} to {max(shares):.2f} of a full training step" in text
+    ours = [row for row in rows_of("relatives") if row["side"] == "ours"]
+    theirs = [row for row in rows_of("relatives") if row["side"] != "ours"]
+    assert {row["moved_by_tower"] for row in ours} == {1.0}
+    assert f"theirs moves up to {max(row['moved_by_tower'] for row in theirs):.0f} times" in text
+    times = [row["seconds_by_theirs"] for row in ours]
+    assert f"the time is {min(times):.2f} to {max(times):.2f} of theirs" in text
+    more = [(a["pass_bytes"] - b["pass_bytes"]) / MiB for a, b in zip(ours, theirs, strict=True)]
+    assert f"memory {min(more):.0f} to {max(more):.0f} MiB more" in text
+    assert {row["greatest_difference"] for row in ours} == {0.0}
 
 
 def test_every_linked_file_is_there() -> None:
