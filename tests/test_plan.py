@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bigvivit.forecast.snapshot import read_trace
+from bigvivit.units import format_bytes
 from tests.launching import BIN, ROOT, environment
 
 
@@ -18,14 +20,20 @@ def plan(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_says_whether_it_fits_and_why(tmp_path: Path) -> None:
-    page = tmp_path / "line.html"
-    done = plan("--tower", "vit-h", "--frames", "32", "--hardware", "RTX 3090", "--explain", "--timeline", str(page))
+    page, snapshot = tmp_path / "line.html", tmp_path / "snapshot.pickle"
+    words = ["--tower", "vit-h", "--frames", "32", "--hardware", "RTX 3090", "--explain"]
+    done = plan(*words, "--timeline", str(page), "--snapshot", str(snapshot))
     assert done.returncode == 0, done.stderr
     assert "fits (forecast)" in done.stdout
     for word in ("tower", "gradients", "optimizer state", "largest tensors", "loaded kernels", "break-even"):
         assert word in done.stdout
     assert "<svg" in page.read_text()
     assert "http" not in page.read_text()
+    live = peak = 0
+    for event in read_trace(snapshot).events:
+        live += {"a": 1, "f": -1}.get(event.kind, 0) * event.size
+        peak = max(peak, live)
+    assert f"tensors at the peak   {format_bytes(peak)}" in done.stdout
 
 
 @pytest.mark.slow  # a trace of every lever
