@@ -75,6 +75,16 @@ def test_what_streaming_costs() -> None:
     assert {row["greatest_difference"] for row in ours} == {0.0}
 
 
+def test_killed_runs_ended_like_those_left_alone() -> None:
+    for engine in ("plain", "zero3"):
+        (report,) = set(re.findall(rf"bench/results/(kill_and_resume_{engine}_\S+?)\.md", README))
+        record = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())
+        assert len(record["rows"]) == 20
+        assert sum(row["aim"] == "while saving" for row in record["rows"]) == 10
+        differences = [record["settings"][f"greatest_{what}_difference"] for what in ("loss", "weight")]
+        assert differences == [0.0, 0.0]
+
+
 def test_every_linked_file_is_there() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
