@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -18,14 +18,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils import swap_tensors
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.corrections import Name, as_on_cuda
-from bigvivit.forecast.fake import fake_tensor, forget_fake_tensors, replace_parameters
+from bigvivit.forecast.fake import forget_fake_tensors, replace_parameters
+from bigvivit.forecast.swap import find_tensors, without_memory, without_weak_references
 from bigvivit.forecast.trace import STEPS, Trace, finish, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
+from bigvivit.forecast.undo import undone
 
 
 def trace_step(
@@ -55,16 +56,18 @@ def trace_step(
 
     `modules` hold all that is trained, and `optimizer` updates it; without either, gradients and states are counted as
     activations and workspace. They keep what they are and hold: while this runs, their tensors have no memory, so
-    nothing is computed or changed. Graphs that were made before cannot be run any more. Build what is too large for
-    this machine on the meta device, or all of the program inside `fake_tensors()`. Other tensors that `step` uses
-    count from their first use on, as input.
+    nothing is computed or changed, and what else `step` reaches and changes in Python (schedulers, scalers, lists) is
+    put back. Graphs that were made before cannot be run any more. Build what is too large for this machine on the meta
+    device, or all of the program inside `fake_tensors()`. Other tensors that `step` uses count from their first use on,
+    as input.
 
     The program must run on the CPU, which stands for the device; `card` makes the corrections of
-    `forecast/corrections.py` but for those named in `without`. Values do not exist: one that is read is 1. Raises
-    ConfigError for shapes that depend on values, and where something else holds on to the modules' tensors.
+    `forecast/corrections.py` but for those named in `without`. Values do not exist: a whole number that is read is 1,
+    another 0.5, and a truth False, but for that of `all` and `not`; what decides by values (L-BFGS keeps its history by
+    them) may go another way than in training. What the step raises comes out with its traceback as a note. Raises
+    ConfigError for what depends on values, and where something else holds on to modules' tensors.
     """
-    named = {"": modules} if isinstance(modules, nn.Module) else modules
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+    named, optimizers = check_program(modules, optimizer)
     parameters = [p for module in named.values() for p in module.parameters()]
     mode = next((p.fake_mode for p in parameters if isinstance(p, FakeTensor)), new_mode())
     tracker = Tracker(inputs_of=mode, in_place="in-place" not in without)
@@ -75,6 +78,9 @@ def trace_step(
         stack.callback(forget_fake_tensors)
         stack.enter_context(without_weak_references(named.values()))
         stack.enter_context(without_memory(find_tensors(named.values(), optimizers), mode))
+        stack.enter_context(undone(step, named, optimizers))
+        stack.enter_context(as_on_real_tensors())
+        stack.callback(tracker.inputs.clear)
         stack.enter_context(mode)
         if card is not None:
             stack.enter_context(as_on_cuda(tracker, card, without))
@@ -97,15 +103,90 @@ def trace_step(
         return finish(tracker)
 
 
+def check_program(
+    modules: nn.Module | Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> tuple[Mapping[str, nn.Module], list[torch.optim.Optimizer]]:
+    """Both with many of each. Raises ConfigError for what is neither, and for weights that have no shape yet."""
+    named = {"": modules} if isinstance(modules, nn.Module) else modules
+    if not isinstance(named, Mapping) or not all(isinstance(module, nn.Module) for module in named.values()):
+        raise ConfigError(f"modules is {type(modules).__name__}: give a module, or a dict of names to modules")
+    single = optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
+    optimizers: Any = [optimizer] * (optimizer is not None) if single else optimizer
+    if not isinstance(optimizers, Sequence) or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
+        raise ConfigError(
+            f"optimizer is {type(optimizer).__name__}: give an optimizer of torch.optim, or a list of them"
+        )
+    for root, module in named.items():
+        for name, parameter in module.named_parameters():
+            if nn.parameter.is_lazy(parameter):
+                raise ConfigError(f"{root}.{name}".strip(".") + " has no shape yet: run the lazy module once before")
+    return named, list(optimizers)
+
+
 def run(step: Callable[[], Any]) -> None:
-    """One step, and an error for users where it needs values."""
+    """One step. What it raises is freed of the step's frames, which hold tensors and graphs; where the step needs
+    values it is an error for users."""
     try:
         step()
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        raise ConfigError(
-            f"the step calls {error.func}, whose result depends on values, and a trace has none: use an operator whose "
-            "result has a known shape (a mask instead of an index, for one)"
-        ) from None
+    except BaseException as error:
+        failure = error
+    else:
+        return
+    text = "".join(traceback.format_exception(failure))
+    known = explain(failure)
+    link: BaseException | None = failure
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        following = link.__cause__ or link.__context__
+        link.__traceback__ = link.__cause__ = link.__context__ = None
+        link = following
+    if known is not None:
+        raise ConfigError(known)
+    if sys.version_info >= (3, 11):
+        failure.add_note(f"in the traced step:\n{text}")
+    raise failure
+
+
+def explain(failure: BaseException) -> str | None:
+    """For users, why a trace cannot do what fails with this; None for errors of their own."""
+    if isinstance(failure, DynamicOutputShapeException | DataDependentOutputException):
+        return (
+            f"the step calls {failure.func}, whose result depends on values, and a trace has none: use an operator "
+            "whose result has a known shape (a mask instead of an index, for one)"
+        )
+    if isinstance(failure, RuntimeError) and ".numpy() is not supported" in str(failure):
+        return "the step asks a tensor for its NumPy array, and a trace has no values: leave that out of the step"
+    if isinstance(failure, RuntimeError) and "DataLoader worker process" in str(failure):
+        return (
+            "the step starts a DataLoader's workers, which see no fake tensors: take the batch before, or num_workers=0"
+        )
+    if isinstance(failure, NotImplementedError) and "Sparse" in str(failure):
+        return "the step makes sparse tensors, which a trace does not follow: embeddings with sparse=False, for one"
+    return None
+
+
+@contextmanager
+def as_on_real_tensors() -> Iterator[None]:
+    """What looks at tensors, or at their values, goes the way it goes in training."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints a traceback of its own before every error
+    with ExitStack() as stack:
+        stack.callback(log.setLevel, level)
+        stack.enter_context(patch.object(nn.Module, "_apply", replace_parameters))
+        stack.enter_context(patch.object(FakeTensor, "__format__", format_value))
+        scaler = torch.amp.GradScaler  # it skips a step whose gradients are not finite
+        stack.enter_context(patch.object(scaler, "_maybe_opt_step", lambda _, one, __, *a, **k: one.step(*a, **k)))
+        transformers = sys.modules.get("transformers.utils.import_utils")
+        if hasattr(transformers, "is_fake_tensor"):  # it makes masks for fake tensors that real ones do without
+            stack.enter_context(patch.object(transformers, "is_fake_tensor", lambda _: False))
+        yield
+
+
+def format_value(tensor: Tensor, form: str) -> str:
+    """As numbers are written where there are values."""
+    return format(tensor.item(), form) if tensor.dim() == 0 else object.__format__(tensor, form)
 
 
 def new_mode() -> FakeTensorMode:
@@ -121,75 +202,6 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
             yield mode
         finally:
             forget_fake_tensors()
-
-
-def find_tensors(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
-    """Each tensor of these once: weights and buffers, and the optimizers' states."""
-    found = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    for optimizer in optimizers:
-        found += [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        found += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return list({id(tensor): tensor for tensor in found}.values())
-
-
-@contextmanager
-def without_memory(tensors: Iterable[Tensor], mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, these very objects are fake tensors; whoever refers to them sees no difference but in their values."""
-    swapped: list[tuple[Tensor, Tensor]] = []
-    try:
-        for tensor in tensors:
-            if not isinstance(tensor, FakeTensor):
-                fake = imitate(tensor, mode)
-                swap(tensor, fake)
-                swapped.append((tensor, fake))
-        yield
-    finally:
-        gc.collect()  # a graph in a cycle would hold what is to be swapped back
-        for tensor, real in reversed(swapped):
-            swap(tensor, real)
-
-
-@contextmanager
-def without_weak_references(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Recurrent networks note weakly what their weights were; what is referred to weakly cannot be swapped."""
-    recurrent = [part for module in modules for part in module.modules() if isinstance(part, nn.RNNBase)]
-    for part in recurrent:
-        references: Any = [partial(strongly, weight) for weight in part._flat_weights]
-        part._flat_weight_refs = references
-    try:
-        yield
-    finally:
-        for part in recurrent:
-            part._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in part._flat_weights]
-
-
-def strongly(weight: Tensor | None) -> Tensor | None:
-    """As a weak reference is called."""
-    return weight
-
-
-def imitate(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake tensor in its place: a leaf, with a gradient if it has one."""
-    device = torch.device("cpu")
-    fake = fake_tensor(mode, tensor.shape, tensor.stride(), tensor.dtype, device)
-    fake.requires_grad_(tensor.requires_grad)
-    if isinstance(tensor, nn.Parameter):
-        fake._is_param = True
-    if tensor.grad is not None:
-        with torch.no_grad():
-            fake.grad = fake_tensor(mode, tensor.grad.shape, tensor.grad.stride(), tensor.grad.dtype, device)
-    return fake
-
-
-def swap(one: Tensor, other: Tensor) -> None:
-    """Each becomes the other."""
-    try:
-        swap_tensors(one, other)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"a tensor of shape {tuple(one.shape)} of modules or optimizer is held by something else ({error}): let go "
-            "of losses and outputs that hold a graph, or build the program inside fake_tensors()"
-        ) from None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bigvivit.forecast.speed import count_flops
@@ -91,7 +92,7 @@ class Tracker(TorchDispatchMode):
         # Autograd numbers its nodes as the forward makes them: these are the places where another module began.
         self.borders: list[tuple[int, str]] = [(-1, "")]
         self.hooks: list[Any] = []
-        self.inputs: list[Tensor] = []
+        self.inputs: dict[int, Tensor] = {}
 
     def note(self, tensor: Tensor, cause: str, module: str | None = None) -> None:
         """Count a tensor that is there, or say what one that is counted is for, and whose it is."""
@@ -176,12 +177,12 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch comes back here with the local tensors
         if func is aten._local_scalar_dense.default:
-            return (args[0].dtype.is_floating_point and 1.0) or 1  # a value that does not exist is taken for one
+            return self.read(args[0])
         if func in OUT_OF_PLACE and self.in_place and self.holds_alone(func, args):
             self.largest_third = max(self.largest_third, args[0].nbytes)
             return OUT_OF_PLACE[func](*args, **(kwargs or {}))
         if self.inputs_of is not None:
-            self.take_in(self.inputs_of, (args, kwargs))
+            args, kwargs = tree_map(partial(self.take_in, self.inputs_of), (args, kwargs))
         result = func(*args, **(kwargs or {}))
         self.flops[self.step] += count_flops(func, args, kwargs or {}, result)
         if func.namespace == "c10d":
@@ -197,14 +198,23 @@ class Tracker(TorchDispatchMode):
                         self.allocate(value, storage, self.usual_cause(), name)
         return result
 
-    def take_in(self, mode: FakeTensorMode, arguments: Any) -> None:
-        """Count those that are real. The mode keeps one fake tensor for each, as long as somebody does."""
-        for tensor in tree_leaves(arguments):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor | DTensor):
-                fake = mode.from_tensor(tensor)
-                if fake.untyped_storage() not in self.live:
-                    self.inputs.append(fake)
-                    self.note(fake, "input")
+    def read(self, scalar: Tensor) -> float | int | bool:
+        """A value that does not exist. Few programs stop at these, or take a way that they seldom take."""
+        if scalar.dtype != torch.bool:
+            return 0.5 if scalar.dtype.is_floating_point else 1
+        known = self.live.get(scalar.untyped_storage())
+        return known is not None and known.op.startswith(("aten.all.", "aten.logical_not.", "aten.bitwise_not."))
+
+    def take_in(self, mode: FakeTensorMode, value: Any) -> Any:
+        """For a real tensor the fake one that stands for it: counted as long as the real one is there."""
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor | DTensor):
+            return value
+        fake = mode.from_tensor(value)
+        if fake.untyped_storage() not in self.live:
+            self.inputs[id(fake)] = fake
+            weakref.finalize(value, self.inputs.pop, id(fake), None)
+            self.note(fake, "input")
+        return fake
 
     def scratch(self, func: Any, args: tuple[Any, ...]) -> None:
         """What gloo flattens its lists of tensors into, as long as a collective runs."""

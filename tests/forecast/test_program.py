@@ -152,7 +152,77 @@ def lstm() -> Program:
     return step, {"words": words, "lstm": model}, [optimizer]
 
 
-PROGRAMS = [resnet, bert, gpt, adversaries, recomputed, videos, lstm]
+def llama() -> Program:
+    """Grouped queries, without a mask: transformers makes one for tensors that it takes for fake."""
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    words = torch.zeros(4, 64, dtype=torch.int64)
+
+    def step() -> None:
+        model(input_ids=words, labels=words).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, {"llama": model}, [optimizer]
+
+
+def shared() -> Program:
+    """A small view of a large buffer, weights tied by their storage, gradients that are pieces of one tensor."""
+    model = nn.Sequential(nn.Embedding(300, 64), nn.Linear(64, 300, bias=False))
+    model.register_buffer("table", torch.ones(4096, 64)[:10])
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    parameters = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters))
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+    words = torch.zeros(4, 16, dtype=torch.int64)
+
+    def step() -> None:
+        model(words).square().mean().backward()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    return step, {"": model}, []
+
+
+def hooked() -> Program:
+    """A hook on a weight's gradient, and a new batch from outside in every step."""
+    model = nn.Linear(256, 256)
+    model.weight.register_hook(lambda gradient: (2 * gradient).abs() * gradient.sign())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.tensor([[1.0] * 256] * 512)).square().mean().backward()
+        optimizer.step()
+
+    return step, {"": model}, [optimizer]
+
+
+def scaled() -> Program:
+    """A scaler that skips steps whose gradients are not finite."""
+    model, scaler = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 64)), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.ones(4, 128)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        if torch.isnan(loss).any():
+            raise RuntimeError("the loss is not a number")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step, {"": model}, [optimizer]
+
+
+PROGRAMS = [resnet, bert, gpt, adversaries, recomputed, videos, lstm, llama, shared, hooked, scaled]
 UNSEEN = {
     # oneDNN reorders weights and gradients: 1.1 MiB of 141 at the peak.
     "resnet": ("aten::convolution_backward", 0.01),
@@ -239,6 +309,30 @@ def test_what_needs_values_and_what_is_held_say_so() -> None:
     with pytest.raises(ConfigError, match="held by something else"):
         trace_step(lambda: None, modules=model)
     assert held.requires_grad
+
+
+def test_wrong_programs_end_in_one_message() -> None:
+    model, x = nn.Linear(4, 4), torch.rand(4, 4)
+    optimizer = torch.optim.SGD(model.parameters())
+    modules: Any
+    for modules, optimizers, message in (
+        ([model], optimizer, "modules is list: give a module"),
+        (model, 7, "optimizer is int: give an optimizer"),
+        (nn.LazyLinear(4), None, "weight has no shape yet: run the lazy module once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trace_step(lambda: None, modules=modules, optimizer=optimizers)
+    sparse = nn.Embedding(4, 4, sparse=True)
+    steps: dict[str, Callable[[], Any]] = {
+        "NumPy array": lambda: model(x).detach().numpy(),
+        "sparse tensors": lambda: sparse(torch.zeros(2, dtype=torch.int64)).sum().backward(),
+    }
+    for message, step in steps.items():
+        with pytest.raises(ConfigError, match=message):
+            trace_step(step, modules={"model": model, "sparse": sparse})
+    trace_step(lambda: f"{model(x).sum():.3f}", modules=model)  # as losses are printed
+    trace_step(lambda: model.to(torch.float64), modules=model)
+    assert model.weight.dtype == torch.float32
 
 
 def test_each_correction_of_cuda_shows_and_can_be_left_out() -> None:
