@@ -265,8 +265,6 @@ def own_size(tensor: Tensor, size: int, rank: int) -> int:
 
 
 FAKE_ANSWERS: dict[str, Callable[..., Any]] = {
-    # Would look whether the norm of the gradients is a number: every value is taken for 1 in a trace, which is "no".
-    "is_invalid_grad_norm": lambda *_, **__: False,
     # Would compare ZeRO-3's order of fetches with that of rank 0, by values that nobody has.
     "assert_ints_same_as_other_ranks": lambda values: None,
     # Would compile the collective over shared memory and call it past PyTorch, where there is no fake one.

@@ -133,7 +133,6 @@ def test_gathers_and_reductions_take_memory_on_streams_of_their_own(engine: str)
 ASKED_UNDER = {
     "assert_ints_same_as_other_ranks": "zero3",
     "build_shm_op": "zero2",
-    "is_invalid_grad_norm": "zero2",
 }
 
 
