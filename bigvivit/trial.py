@@ -125,7 +125,7 @@ def trace_trial(
     steps: int = STEPS,
     repeat: bool = True,
 ) -> Trace:
-    """The trial's steps on fake tensors, on the fullest of as many fake ranks as it asks for.
+    """The trial's steps on fake tensors, on the fullest of the ranks that may be it (`fullest_ranks`).
 
     `host`: the device's memory is another than the host's; `card` makes the corrections of `forecast/corrections.py`
     but for those in `without`. For a process without a process group; after a trace of ZeRO, for one that does nothing
@@ -136,22 +136,35 @@ def trace_trial(
     def build() -> tuple[Engine, LabelledClips]:
         return build_trial(trial, torch.device("cpu"), fake=True, free_bytes=free_bytes)
 
-    with ExitStack() as stack:
-        sharded = trial.ds is not None or trial.fsdp
-        stack.enter_context(fake_ranks(trial.world, fullest_rank(trial), always=sharded))
-        stack.enter_context(fake_engine(trial))
-        if trial.optimizer.endswith("8bit"):
-            stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
-        return trace_steps(
-            build, host=host, card=card, without=without, steps=steps, accumulate=trial.accumulate, repeat=repeat
-        )
+    traces = []
+    for rank in fullest_ranks(trial):
+        with ExitStack() as stack:
+            sharded = trial.ds is not None or trial.fsdp
+            stack.enter_context(fake_ranks(trial.world, rank, always=sharded))
+            stack.enter_context(fake_engine(trial))
+            if trial.optimizer.endswith("8bit"):
+                stack.enter_context(eight_bit_on_fake_tensors(in_place=host))
+            traces.append(
+                trace_steps(
+                    build,
+                    host=host,
+                    card=card,
+                    without=without,
+                    steps=steps,
+                    accumulate=trial.accumulate,
+                    repeat=repeat,
+                )
+            )
+    return max(traces, key=Trace.peak_bytes)
 
 
-def fullest_rank(trial: Trial) -> int:
-    """The rank whose peak is the highest. ZeRO-2 keeps a rank's part of the gradients from when it is reduced: the last
-    rank's comes first in the backward, when the activations are still there. Else rank 0's part is never the smaller.
+def fullest_ranks(trial: Trial) -> list[int]:
+    """Ranks whose peak may be highest. ZeRO-2 keeps a rank's part of the gradients from when it is reduced: the last
+    rank's comes first in the backward, when the activations are still there. Under ZeRO-1 it depends on where the
+    border of the parts lies: the first and the last are both traced. Else rank 0's part is never the smaller.
     """
-    return trial.world - 1 if zero_stage(trial.ds) == 2 else 0
+    stage, last = zero_stage(trial.ds), trial.world - 1
+    return [last] if stage == 2 else sorted({0, last}) if stage == 1 else [0]
 
 
 def import_early(trial: Trial) -> None:

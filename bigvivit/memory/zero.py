@@ -306,6 +306,8 @@ def zero_on_fake_tensors() -> Iterator[None]:
         # As a launcher would say it; DeepSpeed looks nowhere else.
         ranks = {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
         stack.enter_context(patch.dict(os.environ, {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}))
+        for keeper in (deepspeed.utils.groups, deepspeed.comm.comm):  # of groups, which end with this
+            stack.enter_context(patch.dict(vars(keeper)))
         for name, module in list(sys.modules.items()):
             if name.startswith("deepspeed"):
                 for key, answer in FAKE_ANSWERS.items():
