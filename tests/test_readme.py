@@ -75,6 +75,32 @@ def test_what_streaming_costs() -> None:
     assert {row["greatest_difference"] for row in ours} == {0.0}
 
 
+def test_what_the_tower_takes() -> None:
+    measured = [row for row in rows_of("stage2_memory") if row["evidence"] == "measured"]
+    assert f"{len(measured)} cells (ViT-B and L whole, 8 layers of H and g, 8 to 128" in README
+    assert {row["frames"] for row in measured} == {8, 32, 128}
+    assert {row["bound"] for row in measured} == {"met"}
+    assert {row["growth"] for row in measured if "growth" in row} == {"met"}
+
+
+def test_what_others_forecast() -> None:
+    rows, text = rows_of("forecast_rivals"), " ".join(README.split())
+    errors = {row["method"]: [] for row in rows}
+    for row in rows:
+        if "error_percent" in row:
+            errors[row["method"]].append(abs(row["error_percent"]))
+    assert max(errors["bigvivit"]) == max(errors["MemTracker"]) == 0.0
+    assert [row["cell"] for row in rows if row["method"] == "MemTracker" and "failed" in row] == ["stage 2"]
+    low, high = sorted(errors["FSDPMemTracker"])
+    assert f"FSDPMemTracker is {low:.1f} and {high:.1f} % off" in text
+    for tool, name in (("DeepSpeed estimator", "DeepSpeed's estimate"), ("accelerate estimate-memory", "accelerate's")):
+        assert f"{name} {min(errors[tool]):.0f} to {max(errors[tool]):.0f} %" in text
+    big = [[row["seconds"] for row in rows if "round" in row["cell"] and row["method"] == name] for name in errors]
+    ours, theirs = [times for times in big if times]
+    assert f"takes our trace {min(ours):.0f} to {max(ours):.0f} s and MemTracker" in text
+    assert f"MemTracker {min(theirs):.0f} to {max(theirs):.0f} s" in text
+
+
 def test_killed_runs_ended_like_those_left_alone() -> None:
     for engine in ("plain", "zero3"):
         (report,) = set(re.findall(rf"bench/results/(kill_and_resume_{engine}_\S+?)\.md", README))
