@@ -50,7 +50,7 @@ main() {
     test)
       setup dev; shift
       export PATH="$PWD/.venv/bin:$PATH"
-      exec python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@" ;; # a file's tests share their set-up
+      exec python -m pytest "$@" ;;
     train)
       setup dev; shift
       export PATH="$PWD/.venv/bin:$PATH"

@@ -124,7 +124,7 @@ def run_trial(trial: Trial, steps: int, device: torch.device) -> dict[str, float
 def wait_for_threads(work: dist.Work, *arguments: Any, original: Any = dist.Work.wait, **options: Any) -> bool:
     """Wait, and let gloo's thread let go first: what it frees, this thread's count would never see."""
     done: bool = original(work, *arguments, **options)
-    time.sleep(0.03)  # a busy machine takes a while to come to it
+    time.sleep(0.05)  # a busy machine takes a while to come to it
     return done
 
 

@@ -71,7 +71,8 @@ def test_two_ranks_give_the_losses_of_one_plain_process(
         torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("name", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_eight_bit_states_train_like_fp32_ones(name: str, runs: Runs, demo: Path, tmp_path: Path) -> None:
     """On the plain engine and sharded over two ranks, whose blocks of codes begin elsewhere."""
     lr = 0.02 if name == "sgd" else 3e-4

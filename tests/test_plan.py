@@ -81,7 +81,8 @@ def test_what_does_not_fit_says_what_it_could_not_get() -> None:
     assert sum(found["composition_bytes"].values()) == found["peak_bytes"] > found["capacity_bytes"][2]
 
 
-@pytest.mark.parametrize("ranks", ["8", pytest.param("64", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["8", "64"])
 def test_sharding_over_ranks_that_do_not_exist(ranks: str) -> None:
     words = ["--tower", "vit-l", "--frames", "32", "--hardware", "T4", "--ranks", ranks, "--json"]
     alone, zero = (

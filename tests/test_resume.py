@@ -74,7 +74,7 @@ def test_the_plain_engine_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ("optimizer", "launcher", "options"),
     [
-        ("sgd", "torchrun", []),
+        pytest.param("sgd", "torchrun", [], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),

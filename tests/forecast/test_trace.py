@@ -97,10 +97,9 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize(
-    "name", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", ["fsdp", "ddp", "zero2", "zero3"])
 def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> None:
     cell: dict[str, Any] = {**SMALL, "stage": stage, "world": 2, **SHARDED[name]}
     if stage == 2:

@@ -26,6 +26,9 @@ from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.ranks import start_process_group
 from bigvivit.training.optim import build_optimizer, build_scheduler
 from bigvivit.training.step import train_step
+from bigvivit.trial_run import wait_for_threads
+
+torch.distributed.Work.wait = wait_for_threads  # what gloo's threads free, no count of this one would see
 
 fsdp, device = sys.argv[1] == "fsdp", torch.device("cpu")
 zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}

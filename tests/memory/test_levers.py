@@ -36,10 +36,8 @@ def check(entries: list[Entry]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_levers(engine: str) -> None:
     entries = list_few(list_entries(engine))
     together = [Entry(engine, stage, tuple(BY_NAME[name] for name in names)) for stage, names in TOGETHER.items()]
