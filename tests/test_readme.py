@@ -83,6 +83,14 @@ def test_what_the_tower_takes() -> None:
     assert {row["growth"] for row in measured if "growth" in row} == {"met"}
 
 
+def test_how_near_two_ranks_are() -> None:
+    (report,) = set(re.findall(r"\[two\]\(bench/results/(forecast_accuracy_\S+?)\.md", README))
+    rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    near = sum(abs(row["error_percent"]) <= 0.002 for row in rows)
+    assert f"within 0.002 % in {near} of {len(rows)} cells" in README
+    assert all("on 2 ranks" in row["cell"] for row in rows)
+
+
 def test_what_others_forecast() -> None:
     rows, text = rows_of("forecast_rivals"), " ".join(README.split())
     errors = {row["method"]: [] for row in rows}
