@@ -64,8 +64,8 @@ def trace_step(
     The program must run on the CPU, which stands for the device; `card` makes the corrections of
     `forecast/corrections.py` but for those named in `without`. Values do not exist: a whole number that is read is 1,
     another 0.5, and a truth False, but for that of `all` and `not`; what decides by values (L-BFGS keeps its history by
-    them) may go another way than in training. What the step raises comes out with its traceback as a note. Raises
-    ConfigError for what depends on values, and where something else holds on to modules' tensors.
+    them) may go another way than in training. What the step raises comes out, with its traceback as the text of its
+    cause. Raises ConfigError for what depends on values, and where something else holds on to modules' tensors.
     """
     named, optimizers = check_program(modules, optimizer)
     parameters = [p for module in named.values() for p in module.parameters()]
@@ -124,6 +124,13 @@ def check_program(
     return named, list(optimizers)
 
 
+class StepError(Exception):
+    """The traceback of what a step raised, as text: a cause that holds no frames, shown on every Python."""
+
+    def __str__(self) -> str:
+        return f"in the traced step:\n{self.args[0]}"
+
+
 def run(step: Callable[[], Any]) -> None:
     """One step. What it raises is freed of the step's frames, which hold tensors and graphs; where the step needs
     values it is an error for users."""
@@ -143,9 +150,7 @@ def run(step: Callable[[], Any]) -> None:
         link = following
     if known is not None:
         raise ConfigError(known)
-    if sys.version_info >= (3, 11):
-        failure.add_note(f"in the traced step:\n{text}")
-    raise failure
+    raise failure from StepError(text)
 
 
 def explain(failure: BaseException) -> str | None:

@@ -103,29 +103,34 @@ def read_cell(cell: types.CellType) -> list[Any]:
 
 
 def put_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
+    """The one that it had, whatever that holds now."""
     if tensor.grad is not gradient:
         tensor.grad = gradient
 
 
 def put_items(table: dict[Any, Any], items: dict[Any, Any]) -> None:
+    """These, in this order; a table that holds the very same is not touched."""
     if list(map(id, table)) != list(map(id, items)) or list(map(id, table.values())) != list(map(id, items.values())):
         table.clear()
         table.update(items)
 
 
 def put_elements(things: list[Any] | deque[Any], elements: list[Any]) -> None:
+    """These, in this order; a list that holds the very same is not touched."""
     if list(map(id, things)) != list(map(id, elements)):
         things.clear()
         things.extend(elements)
 
 
 def put_members(things: set[Any], members: set[Any]) -> None:
+    """These and no others."""
     if things != members:
         things.clear()
         things.update(members)
 
 
 def put_cell(cell: types.CellType, contents: list[Any]) -> None:
+    """What `read_cell` gave; a variable that had no value has none again."""
     if contents:
         cell.cell_contents = contents[0]
     elif read_cell(cell):
