@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +10,11 @@ from pathlib import Path
 import pytest
 
 from bigvivit import cli
-from tests.launching import BIN, ROOT, Runs
-
-
-def call(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(word) for word in (BIN / "bigvivit", *words)],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"},
-    )
+from tests.launching import BIN, Runs, call
 
 
 def test_help_names_every_command() -> None:
-    done = call()
-    assert done.returncode == 0
+    done = subprocess.run([BIN / "bigvivit"], check=True, capture_output=True, text=True, timeout=60)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
         "train",
         "eval",

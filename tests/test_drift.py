@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -19,7 +18,7 @@ from bigvivit.data.manifest import read_manifest
 from bigvivit.drift import DriftConfig, measure_drift
 from bigvivit.eval import evaluate_runs
 from bigvivit.model.towers import resolve_tower
-from tests.launching import BIN, Runs, environment
+from tests.launching import Runs, call
 from tests.model.reference import frame_vectors, save
 
 CLIP = ClipConfig(frames=4, size=48, resize=52)
@@ -101,14 +100,7 @@ def test_on_the_terminal(tower: Path, demo: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     (tmp_path / "val.csv").write_text("\n".join([*lines[:4], lines[4].replace(lines[4].split(",")[0], "cut.mp4")]))
     clip = ["--clip.frames", "2", "--clip.size", "48", "--clip.resize", "52", "--workers", "0"]
-    done = subprocess.run(
-        [BIN / "bigvivit", "drift", tower, "--manifest", "val.csv", *clip],
-        check=False,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment(COLUMNS="120"),
-    )
+    done = call("drift", tower, "--manifest", "val.csv", *clip, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "│ nf4 " in done.stdout
     assert "top-1" not in done.stdout

@@ -41,7 +41,10 @@ ENGINES = {
 }
 
 
-SLOW = {("zero0", 1), ("zero0", 2), ("zero1", 1), ("zero1", 2), ("ddp", 2), ("zero2", 1), ("zero3_offload", 1)}
+SLOW = {
+    *(("zero0", 1), ("zero0", 2), ("zero1", 1), ("zero1", 2), ("ddp", 2), ("zero2", 1), ("zero3_offload", 1)),
+    ("fsdp2", 1),  # two nodes, below, train so too
+}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,11 @@ def test_two_nodes(runs: Runs, demo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "options"), [("torchrun", ["--fsdp"]), ("torchrun", ["--ds", "ds_configs/zero3.json"])]
+    ("launcher", "options"),
+    [
+        ("torchrun", ["--fsdp"]),
+        pytest.param("torchrun", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
+    ],
 )
 def test_validation_counts_each_clip_once(launcher: str, options: list, runs: Runs, demo: Path, tmp_path: Path) -> None:
     """15 clips over two ranks of 2: one rank has a batch fewer, and both a last one that is not full."""

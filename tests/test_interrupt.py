@@ -69,7 +69,7 @@ class Training:
     ("launcher", "options", "number", "to"),
     [
         ("python", [], signal.SIGINT, "group"),
-        ("bigvivit", ["--data.workers", 1], signal.SIGTERM, "one"),
+        pytest.param("bigvivit", ["--data.workers", 1], signal.SIGTERM, "one", marks=pytest.mark.slow),
         ("torchrun", ["--fsdp", "--data.workers", 1], signal.SIGTERM, "one"),
         pytest.param("torchrun", ["--fsdp"], signal.SIGTERM, "last rank", marks=pytest.mark.slow),
         pytest.param("accelerate", [], signal.SIGTERM, "last rank", marks=pytest.mark.slow),
@@ -105,6 +105,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     assert len(read_losses(tmp_path / "run")) == step
 
 
+@pytest.mark.slow  # a full disk, below, stops and goes on too
 def test_the_losses_after_a_stop_are_those_without_one(runs: Runs, demo: Path, tmp_path: Path) -> None:
     arguments = [*STAGE1, "--data.train", demo / "train.csv"]
     run = Training("python", tmp_path / "run", *arguments)

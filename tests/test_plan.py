@@ -11,12 +11,11 @@ import pytest
 
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.units import format_bytes
-from tests.launching import BIN, ROOT, environment
+from tests.launching import call
 
 
 def plan(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "bigvivit", "plan", *words]
-    return subprocess.run(command, check=False, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return call("plan", *words)
 
 
 def test_it_says_whether_it_fits_and_why(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from bigvivit.data.loader import build_eval_loader
 from bigvivit.data.manifest import read_manifest
 from bigvivit.predict import PredictConfig, find_videos, predict
 from bigvivit.training.checkpoint import read_header
-from tests.launching import Runs
-from tests.test_cli import call
+from tests.launching import Runs, call
 
 
 @pytest.fixture

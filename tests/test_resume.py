@@ -56,7 +56,12 @@ DROP = ("--model.droplayer", 0.3)  # so that random states matter
 
 
 @pytest.mark.parametrize(
-    ("stage", "optimizer"), [(1, "sgd"), (2, "adamw"), pytest.param(1, "adamw8bit", marks=pytest.mark.slow)]
+    ("stage", "optimizer"),
+    [
+        pytest.param(1, "sgd", marks=pytest.mark.slow),
+        (2, "adamw"),
+        pytest.param(1, "adamw8bit", marks=pytest.mark.slow),
+    ],
 )
 def test_the_plain_engine_goes_on_bit_for_bit(
     stage: int, optimizer: str, runs: Runs, demo: Path, tmp_path: Path

@@ -11,8 +11,8 @@ from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.model.catalog import PUBLISHED, SIZES, TIMM
 from bigvivit.towers import list_towers
+from tests.launching import call
 from tests.model.reference import MODELS
-from tests.test_cli import call
 
 
 def test_rows_are_what_they_say() -> None:

@@ -12,12 +12,11 @@ import pytest
 
 from bigvivit.data.manifest import read_manifest
 from tests.data.videos import write_video
-from tests.launching import BIN, environment
+from tests.launching import call
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [str(BIN / "bigvivit"), "check", *map(str, arguments)]
-    return subprocess.run(words, check=False, capture_output=True, text=True, env=environment(), timeout=120)
+    return call("check", *arguments)
 
 
 def test_a_clean_manifest(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_training_replaces_counts_and_names(broken: Path, tmp_path: Path) -> Non
     assert f"replaced: {tmp_path}/broken5.mp4 cannot be opened as a video" in printed
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("python", marks=pytest.mark.slow), "torchrun"])
 def test_training_stops_on_all_ranks_with_one_message(launcher: str, broken: Path, tmp_path: Path) -> None:
     arguments = ["--out", tmp_path / "run", *STAGE1, "--data.train", broken, "--data.max-failed", 0.05]
     done = start(launcher, *arguments)
