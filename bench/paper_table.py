@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 
 from bench.frame_capacity import FEW, MANY, PLANS, TRAINED, Forecast, draw, keep, read_kept
+from bigvivit.config import ConfigError
 from bigvivit.forecast.card import resolve_types
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import capacity, forecast_overhead
@@ -110,8 +111,11 @@ def forecast_cell(cell: Cell) -> dict[str, Any]:
     if found.frames:
         frames = min(found.frames, COLUMNS[-1])
         row["timed_frames"] = frames
-        best, expected, worst = forecast_seconds(describe_work(forecast, frames), card)["step"]
-        row |= {"best_seconds": best, "expected_seconds": expected, "worst_seconds": worst}
+        try:
+            best, expected, worst = forecast_seconds(describe_work(forecast, frames), card)["step"]
+            row |= {"best_seconds": best, "expected_seconds": expected, "worst_seconds": worst}
+        except ConfigError as error:  # a rate that the hardware table does not have
+            row["not_timed"] = str(error)
     row["peaks_bytes"] = forecast.peaks
     return row
 
