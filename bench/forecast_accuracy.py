@@ -11,7 +11,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -74,8 +74,8 @@ print(json.dumps({"peak_bytes": trace.peak_bytes(), "seconds": time.perf_counter
 class Arguments:
     """Compare forecast and measured peaks, cell by cell; a run that was interrupted goes on."""
 
-    only: str = ""
-    """Cells whose name holds this."""
+    ranks: Literal[1, 2] = 1
+    """Cells of so many ranks; each number has a report of its own."""
     results: Path = ROOT / "bench" / "results"
     """Folder of reports, and of the rows so far."""
 
@@ -158,27 +158,23 @@ def main(arguments: Arguments) -> None:
     """Measure, trace, compare, write."""
     torch.set_num_threads(1)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    kept = arguments.results / "forecast_accuracy.partial.jsonl"
+    bench, limit = {1: ("forecast_accuracy_one_rank", 0.1), 2: ("forecast_accuracy_two_ranks", 1.0)}[arguments.ranks]
+    kept = arguments.results / f"{bench}.partial.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {row["cell"] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         write_towers(Path(folder))
         for name, cell in list_cells(Path(folder)).items():
-            if name not in done and arguments.only in name:
+            if name not in done and cell.get("world", 1) == arguments.ranks:
                 rows.append({"cell": name, **compare(cell)})
                 with kept.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(f"{name}: {rows[-1]['error_percent']} %, {rows[-1]['operator_at_measured_peak']}", flush=True)
     settings = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, **CLIP, "classes": 400, "steps": 3}
-    stem = write_report(
-        arguments.results, "forecast_accuracy", device=torch.device("cpu"), settings=settings, rows=rows
-    )
-    if not arguments.only:
-        kept.unlink()
-    for what, limit in (("1 rank", 0.1), ("2 ranks", 1.0)):
-        errors = [abs(row["error_percent"]) for row in rows if ("2 ranks" in row["cell"]) == (what == "2 ranks")]
-        print(f"{what}: {sum(e <= limit for e in errors)} of {len(errors)} cells within {limit} %, "
-              f"worst {max(errors, default=0)} %")  # fmt: skip
+    stem = write_report(arguments.results, bench, device=torch.device("cpu"), settings=settings, rows=rows)
+    kept.unlink()
+    errors = [abs(row["error_percent"]) for row in rows]
+    print(f"{sum(error <= limit for error in errors)} of {len(errors)} cells within {limit} %, worst {max(errors)} %")
     print(f"wrote {stem}.json and .md")
 
 

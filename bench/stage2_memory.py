@@ -146,7 +146,7 @@ def main(arguments: Arguments) -> None:
     if len(found) == len(cells) and not arguments.report:
         kept.unlink()
     for target in ("bound", "whole_step_bound", "growth"):
-        verdicts = [row.get(target, "not run") for row in rows]
+        verdicts = [row.get(target, "not judged" if "peak_bytes" in row else "not run") for row in rows]
         print(f"{target}: " + ", ".join(f"{word} {verdicts.count(word)}" for word in sorted(set(verdicts))))
     print(f"wrote {stem}.json, .md and .png")
 
