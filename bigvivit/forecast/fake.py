@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._op_schema import OpSchema
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from bigvivit.forecast.tracker import HOST
@@ -41,9 +44,22 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
             )
         # It looks for a GPU whenever a tensor is made, and where there is none it starts NVML to do so.
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", mode.avoid_device_init))
+        stack.enter_context(uncounted_shapes())
         stack.callback(forget_fake_tensors)
         stack.enter_context(mode)
         yield mode
+
+
+def uncounted_shapes() -> AbstractContextManager[Any]:
+    """The first time in a process, DTensor learns an operator's shapes by running it on fake tensors as large as the
+    sharded ones; in training they take no memory, and in a trace they would count as the program's."""
+    learn = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def learn_apart(propagator: ShardingPropagator, schema: OpSchema) -> Any:
+        with _disable_current_modes():
+            return learn(propagator, schema)
+
+    return patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", learn_apart)
 
 
 def forget_fake_tensors() -> None:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.corrections import Name, as_on_cuda
-from bigvivit.forecast.fake import forget_fake_tensors, replace_parameters
+from bigvivit.forecast.fake import forget_fake_tensors, replace_parameters, uncounted_shapes
 from bigvivit.forecast.swap import find_tensors, without_memory, without_weak_references
 from bigvivit.forecast.trace import STEPS, Trace, finish, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
@@ -181,6 +181,7 @@ def as_on_real_tensors() -> Iterator[None]:
         stack.callback(log.setLevel, level)
         stack.enter_context(patch.object(nn.Module, "_apply", replace_parameters))
         stack.enter_context(patch.object(FakeTensor, "__format__", format_value))
+        stack.enter_context(uncounted_shapes())
         scaler = torch.amp.GradScaler  # it skips a step whose gradients are not finite
         stack.enter_context(patch.object(scaler, "_maybe_opt_step", lambda _, one, __, *a, **k: one.step(*a, **k)))
         transformers = sys.modules.get("transformers.utils.import_utils")

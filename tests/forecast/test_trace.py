@@ -79,6 +79,14 @@ print(json.dumps({"peak_bytes": trace.peak_bytes(), "causes": trace.composition(
 """
 
 
+TWICE = """
+import json, sys
+from bigvivit.trial import Trial, trace_trial
+traces = [trace_trial(Trial.from_json(sys.argv[1]), free_bytes=1 << 34) for _ in range(2)]
+print(json.dumps({"events": [[event.change for event in trace.events if event.step > 0] for trace in traces]}))
+"""
+
+
 def run(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -126,6 +134,14 @@ def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> Non
     forecast = answer(run(["-c", ON_RANKS, text]))
     assert forecast["peak_bytes"] == pytest.approx(real, rel=0.01)
     assert sum(forecast["causes"].values()) == forecast["peak_bytes"]
+
+
+def test_the_first_trace_of_a_process_is_like_the_second() -> None:
+    """DTensor keeps the shapes that it has learnt, and learning them takes no memory."""
+    first, second = answer(run(["-c", TWICE, json.dumps({**SMALL, "stage": 2, "world": 8, **SHARDED["fsdp"]})]))[
+        "events"
+    ]
+    assert first == second
 
 
 def test_recompute_shows_in_the_activations() -> None:
