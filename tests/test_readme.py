@@ -83,6 +83,55 @@ def test_what_the_tower_takes() -> None:
     assert {row["growth"] for row in measured if "growth" in row} == {"met"}
 
 
+def test_how_near_capacities_are() -> None:
+    reports = sorted(set(re.findall(r"bench/results/(frame_capacity_\S+?)\.md", README)))
+    rows = [
+        row for name in reports for row in json.loads((ROOT / "bench/results" / f"{name}.json").read_text())["rows"]
+    ]
+    over = [row["forecast_frames"] - row["measured_frames"] for row in rows]
+    assert set(over) <= {0, 2}
+    counts = f"in {over.count(0)} of {len(rows)} cells and one tubelet more in {over.count(2)}"
+    ends = f"{sum(row['more_may_fit'] for row in rows)} of them end where the search does, at 512 frames"
+    assert f"{counts}; {ends}" in " ".join(README.split())
+
+
+def test_the_papers_table() -> None:
+    rows = rows_of("paper_table")
+
+    def frames(tower: str, stage: int, plan: str, key: str = "most_frames") -> str:
+        cell = {"hardware": "TPU v3", "tower": tower, "stage": stage, "plan": plan}
+        (row,) = [row for row in rows if row.items() >= cell.items()]
+        return f"{row[key]}+" if key == "most_frames" and row["more_may_fit"] else str(row[key])
+
+    for tower in ("vit-h", "vit-g"):
+        for stage, name, plan, other in (
+            (1, "ViViT", "everything trains", "recompute"),
+            (2, "SFA-ViViT", "paper", "layer-major"),
+        ):
+            cells = [frames(tower, stage, plan, "paper_most_frames"), *(frames(tower, stage, p) for p in (plan, other))]
+            assert f"| {name}-{tower[-1].replace('h', 'H')} | {' | '.join(cells)} |" in README
+    (one,) = [
+        row for row in rows if row["ranks"] == 1 and row["hardware"] == "2080 Ti" and row["plan"] == "layer-major"
+    ]
+    (seven,) = [row for row in rows if "dinov3" in row["tower"]]
+    text = " ".join(README.split())
+    assert f"at {one['best_seconds']:.1f} to {one['worst_seconds']:.1f} s on one 2080 Ti" in text
+    assert f"at {seven['best_seconds']:.0f} to {seven['worst_seconds']:.0f} s for DINOv3's" in text
+
+
+def test_what_explains_the_papers_thresholds() -> None:
+    rows = rows_of("paper_inference")
+    explained = {row["value"]: row for row in rows if row["about"] == "thresholds explained"}
+    best = max(count for count, row in explained.items() if row["points"])
+    total, text = sum(row["points"] for row in explained.values()), " ".join(README.split())
+    assert f"Of {total} combinations" in text
+    assert f"none explains more than {best} of its six thresholds, and {explained[best]['share_of_grid']:.0%}" in (
+        text.replace(" %", "%")
+    )
+    known = {(row["about"], row["value"]): row for row in rows}
+    assert known["recompute", "True"]["share_of_best"] == known["threshold", "SFA-ViViT-g"]["points"] == 0
+
+
 def test_how_near_two_ranks_are() -> None:
     (report,) = set(re.findall(r"\[two\]\(bench/results/(forecast_accuracy_\S+?)\.md", README))
     rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
