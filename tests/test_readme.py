@@ -16,7 +16,7 @@ from bigvivit.forecast.replay_report import ReplayConfig
 from bigvivit.plan import PlanConfig
 from bigvivit.predict import PredictConfig
 from bigvivit.training.progress import flat_settings
-from bigvivit.units import MiB
+from bigvivit.units import KiB, MiB
 from tests.launching import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -130,6 +130,16 @@ def test_what_explains_the_papers_thresholds() -> None:
     )
     known = {(row["about"], row["value"]): row for row in rows}
     assert known["recompute", "True"]["share_of_best"] == known["threshold", "SFA-ViViT-g"]["points"] == 0
+
+
+def test_how_near_one_rank_is() -> None:
+    rows = rows_of("forecast_accuracy_one_rank")
+    far = [row for row in rows if abs(row["error_percent"]) > 0.1]
+    text = " ".join(README.split())
+    assert f"{len(rows) - len(far)} of {len(rows)} peaks of ten families" in text
+    assert f"the other five miss {far[0]['unseen_bytes'] // KiB} KiB" in text
+    assert [row["unseen_bytes"] for row in far] == [far[0]["unseen_bytes"]] * 5
+    assert all("bf16 masters" in row["cell"] for row in far)
 
 
 def test_how_near_two_ranks_are() -> None:
