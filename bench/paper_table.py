@@ -73,7 +73,7 @@ def list_cells() -> list[Cell]:
     fp16 = {"storage": "fp16", "compute": "fp16"}
     cells = [
         Cell("TPU v3", 1, tower, stage, plan, {})
-        for stage, plan in ((1, "everything trains"), (2, "paper"), (1, "recompute"), (2, "layer-major"), (2, "cpu"))
+        for stage, plan in (*((1, plan) for plan in TRAINED), *((2, plan) for plan in PLANS))
         for tower in ("vit-h", "vit-g")
     ]
     cells += [
