@@ -1,7 +1,7 @@
 """How far traced peaks are from the CPU allocator's own count: `python bench/forecast_accuracy.py`.
 
 Small towers of every family, with the operators of the large ones. Plain cells run one after the other in this process,
-on one thread; those of two ranks run in processes of their own, and their collectives go through gloo.
+on one thread; those of two ranks (`--ranks 2`) run in processes of their own, and their collectives go through gloo.
 """
 
 from __future__ import annotations

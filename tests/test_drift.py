@@ -99,7 +99,7 @@ def test_on_the_terminal(tower: Path, demo: Path, tmp_path: Path) -> None:
     lines = (demo / "val.csv").read_text().replace("clips/", f"{demo}/clips/").splitlines()
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     (tmp_path / "val.csv").write_text("\n".join([*lines[:4], lines[4].replace(lines[4].split(",")[0], "cut.mp4")]))
-    clip = ["--clip.frames", "2", "--clip.size", "48", "--clip.resize", "52", "--workers", "0"]
+    clip = ["--clip.frames", "2", "--clip.size", "48", "--clip.resize", "52", "--workers", "0", "--device", "cpu"]
     done = call("drift", tower, "--manifest", "val.csv", *clip, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "│ nf4 " in done.stdout

@@ -77,8 +77,6 @@ from bigvivit.trial import Trial, trace_trial
 trace = trace_trial(Trial.from_json(sys.argv[1]), free_bytes=1 << 34)
 print(json.dumps({"peak_bytes": trace.peak_bytes(), "causes": trace.composition()}))
 """
-
-
 TWICE = """
 import json, sys
 from bigvivit.trial import Trial, trace_trial
@@ -138,9 +136,8 @@ def test_each_of_two_ranks_takes_what_was_forecast(name: str, stage: int) -> Non
 
 def test_the_first_trace_of_a_process_is_like_the_second() -> None:
     """DTensor keeps the shapes that it has learnt, and learning them takes no memory."""
-    first, second = answer(run(["-c", TWICE, json.dumps({**SMALL, "stage": 2, "world": 8, **SHARDED["fsdp"]})]))[
-        "events"
-    ]
+    trial = json.dumps({**SMALL, "stage": 2, "world": 8, **SHARDED["fsdp"]})
+    first, second = answer(run(["-c", TWICE, trial]))["events"]
     assert first == second
 
 
