@@ -128,16 +128,22 @@ def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
 def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:
     """A finished run's model, whole on this device, frozen and ready to evaluate; by another plan than its own, if one
     is given."""
-    source = open_tower(
-        header.model, seed=header.seed, folder=tower_folder(run, header), checksum=header.tower_checksum
-    )
+    source = open_run_tower(run, header)
     model = build_model(
         source, header.model, header.clip, classes=len(header.classes), adapter=header.stage == 2, seed=header.seed
     )
     if skipped := load_trained(model, run, header):
         names = ", ".join(entry.name for entry in skipped)
         raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
-    # A tower is evaluated as it was trained with: stage 1 holds it in fp32.
-    own = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
-    apply_plan(model, plan or own, frozen=True, fill=source.fill, device=device)
+    apply_plan(model, plan or evaluation_plan(header), frozen=True, fill=source.fill, device=device)
     return model.eval()
+
+
+def open_run_tower(run: Path, header: Header) -> TowerSource:
+    """The tower that a run was trained with. Raises ConfigError where it is not there any more."""
+    return open_tower(header.model, seed=header.seed, folder=tower_folder(run, header), checksum=header.tower_checksum)
+
+
+def evaluation_plan(header: Header) -> MemoryPlan:
+    """A tower is evaluated as it was trained with: stage 1 holds it in fp32."""
+    return header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")

@@ -101,6 +101,16 @@ class DataConfig:
     """Seconds that decoding one clip may take; its worker is then killed and the clip counts as unreadable."""
     max_failed: float = 0.05
     """Share of the manifest's clips that may turn out unreadable before training stops; others take their places."""
+    cache: Path | None = None
+    """Folder in which stage 2 keeps the frozen tower's vectors: an epoch whose vectors are there needs neither videos
+    nor tower. Runs over the same tower with the same clip settings share it, whatever their seeds and manifests."""
+    cache_views: int = 1
+    """Augmented views that are kept of each training clip; epochs take them in turn."""
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Element type in which vectors are kept. `auto` is the one the tower computes in, which loses nothing."""
+    cache_by_content: bool = False
+    """Know videos in the cache by the SHA-256 of their content, which reads each file once a run, and not by their
+    path, size and time of change: for videos that move."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -109,6 +119,13 @@ class DataConfig:
             raise ConfigError(f"data.time_limit={self.time_limit} is not a number of seconds above 0")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} is a share: give a number from 0 to 1")
+        if self.cache_views < 1:
+            raise ConfigError(f"data.cache_views={self.cache_views} must be at least 1")
+        for name, default in (("cache_views", 1), ("cache_dtype", "auto"), ("cache_by_content", False)):
+            if self.cache is None and getattr(self, name) != default:
+                raise ConfigError(
+                    f"data.{name}={getattr(self, name)} is for a cache: give its folder, --data.cache, or leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +214,8 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
         check_memory(self.memory, self.stage)
+        if self.data.cache is not None:
+            check_cache(self)
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.fsdp and self.optim.eight_bit:
@@ -215,6 +234,16 @@ class TrainConfig:
                 )
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
             check_frames(self.clip.frames, self.model.tubelet)
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Raise where the tower's vectors cannot be kept."""
+    folder = config.data.cache
+    if config.stage == 1:
+        raise ConfigError(f"data.cache={folder} keeps a frozen tower's vectors, and stage 1 trains it: leave it out")
+    assert folder is not None
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"data.cache={folder} is not a folder: give another")
 
 
 def check_memory(plan: MemoryPlan, stage: int) -> None:
@@ -290,6 +319,12 @@ class EvalConfig:
     """Processes that decode videos; 0 decodes in this process."""
     shuffle_frames: bool = False
     """Permute the frames of each view in time: what accuracy is left does not come from their order."""
+    cache: Path | None = None
+    """Folder in which towers' vectors are kept, as training's `--data.cache`: what is there is not computed again."""
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Element type in which vectors are kept. `auto` is the one the tower computes in, which loses nothing."""
+    cache_by_content: bool = False
+    """Know videos in the cache by the SHA-256 of their content, as training's `--data.cache-by-content`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
 
@@ -301,3 +336,7 @@ class EvalConfig:
             raise ConfigError(f"workers={self.workers} must not be negative")
         if not self.runs:
             raise ConfigError("no run is given: name the folder of at least one")
+        if self.cache is not None and self.shuffle_frames:
+            raise ConfigError(
+                f"cache={self.cache} keeps vectors of frames in their order: leave it out with --shuffle-frames"
+            )

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,16 @@ def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConf
         rank=rank,
         world=world,
     )
-    return collect(load_run(run, header, device), loader, device, classes=len(header.classes))
+    model = load_run(run, header, device)
+    with ExitStack() as stack:
+        cached: Iterable[Any] = loader
+        if config.cache is not None:
+            from bigvivit.caching import open_run_cache
+            from bigvivit.training.tower_pass import TowerPass
+
+            cache = stack.enter_context(closing(open_run_cache(run, header, config, device)))
+            cached = cache.evaluation(loader, TowerPass(model, device), views=config.views, crops=config.crops)
+        return collect(model, cached, device, classes=len(header.classes))
 
 
 def collect(

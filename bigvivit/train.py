@@ -167,6 +167,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     import torch
 
     from bigvivit import assemble
+    from bigvivit.caching import open_cache
+    from bigvivit.data.cached import build_view_loader
     from bigvivit.data.errors import DecodeError
     from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
@@ -180,6 +182,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
     from bigvivit.training.state import restore_random, restore_scheduler
+    from bigvivit.training.tower_pass import TowerPass
 
     config, rank, world = job.config, job.rank, job.world
     log = logging.getLogger("bigvivit")
@@ -224,8 +227,10 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
 
     ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
     ranks |= {"time_limit": config.data.time_limit}
-    loader = build_train_loader(config.clip, job.manifest, batch_size=job.micro_batch, **ranks)
-    val_loader = None
+    kept: dict[str, Any] = {} if config.data.cache is None else {"views": config.data.cache_views}
+    build_loader = build_view_loader if kept else build_train_loader
+    loader: Any = build_loader(config.clip, job.manifest, batch_size=job.micro_batch, **kept, **ranks)
+    val_loader: Any = None
     if job.val is not None:
         val_loader = build_eval_loader(
             config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, shuffle_frames=False, **ranks
@@ -251,6 +256,12 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         world,
         device.type,
     )
+    cache = open_cache(config, source, device)
+    if cache is not None:
+        tower = TowerPass(model, device, engine if sharder is not None else None)
+        loader = cache.train(loader, tower, epochs=config.optim.epochs)
+        if val_loader is not None:
+            val_loader = cache.evaluation(val_loader, tower, views=1, crops=1)
     first_step = 0
     if job.progress is not None:
         assert run is not None
@@ -303,6 +314,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             "memory": [asdict(rank_peak) for rank_peak in peaks],
             "loss": result.loss,
             **failures.summary(),
+            **(cache.summary() if cache is not None else {}),
         }
         saver.finish(summary, result.val_top1)
     except TooManyFailuresError as error:
@@ -317,6 +329,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     finally:
         if metrics is not None:
             metrics.close()
+        if cache is not None:
+            cache.close()
 
     log.info("kept %s", config.out)
     return True

@@ -20,6 +20,7 @@ ANYTHING = {
     "predict",
     "cli",
     "assemble",
+    "caching",
     "saving",
     "towers",
     "drift",

@@ -46,6 +46,8 @@ class Batch:
     their places; in evaluation they are missing from the tensors, which may then hold no clip at all."""
     decoders: tuple[str, ...] = ()
     """Which decoder read each clip."""
+    items: tuple[Any, ...] = ()
+    """What each clip was asked for as: a sampler's item, or its replacement."""
 
 
 def window(video: VideoReader, clip: Clip) -> range:
@@ -102,9 +104,9 @@ class TrainClips(Dataset[Sample]):
         self.shape: tuple[int, ...] = (clip.frames, 3, clip.size, clip.size)
 
     def __getitem__(self, item: Any) -> Sample:
-        epoch, index = item
+        _, index = item
         source = self.clips[index]
-        generator = sample_generator(self.seed, epoch, index)
+        generator = self.generator(item)
         video = open_video(source.path)  # here, in the worker: decord's readers do not cross processes
         frames = window(video, source)
         chosen = random_clip(len(frames), self.clip.frames, self.clip.stride, generator)
@@ -113,6 +115,10 @@ class TrainClips(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def generator(self, item: Any) -> torch.Generator:
+        """Random numbers of an item's cut."""
+        return sample_generator(self.seed, *item)
 
     def index(self, item: Any) -> int:
         """See Clips."""
@@ -244,35 +250,41 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.drop_pending()
-        items = list(self.sampler)
-        if not self.keep_last:
-            del items[len(items) // self.batch_size * self.batch_size :]
+        items = self.items()
         ahead = iter(items)
         for start in range(0, len(items), self.batch_size):
             yield self.read_batch(min(self.batch_size, len(items) - start), ahead)
+
+    def items(self) -> list[Any]:
+        """What one iteration asks for, in order."""
+        items = list(self.sampler)
+        return items if self.keep_last else items[: len(items) // self.batch_size * self.batch_size]
 
     def read_batch(self, count: int, ahead: Iterator[Any]) -> Batch:
         """The next `count` samples. Raises DecodeError where nothing can be read in place of one."""
         pinned = torch.cuda.is_available()  # from where a GPU copies while it computes
         clips = torch.empty((count, *self.dataset.shape), dtype=torch.uint8, pin_memory=pinned)
         known: list[tuple[int, int, str]] = []
+        items: list[Any] = []
         failed: list[tuple[int, str]] = []
         for _ in range(count):
             self.read_ahead(ahead)
             item, future, slot = self.pending.popleft()
-            sample = self.settle(item, future, slot, failed)
+            asked, sample = self.settle(item, future, slot, failed)
             if sample is not None:
                 source = self.pool.read_slot(slot)
                 assert source is not None
                 clips[len(known)].copy_(as_clip(source, self.dataset.shape))
                 known.append(sample)
+                items.append(asked)
             self.free.append(slot)
         self.read_ahead(ahead)
         labels, indices = (
             torch.tensor([sample[column] for sample in known], dtype=torch.int64, pin_memory=pinned)
             for column in (0, 1)
         )
-        return Batch(clips[: len(known)], labels, indices, tuple(failed), tuple(sample[2] for sample in known))
+        decoders = tuple(sample[2] for sample in known)
+        return Batch(clips[: len(known)], labels, indices, tuple(failed), decoders, tuple(items))
 
     def read_ahead(self, items: Iterator[Any]) -> None:
         """Ask for what comes next, as far as there is room."""
@@ -284,13 +296,13 @@ class ClipLoader:
             self.pending.append((item, self.pool.submit(item, slot), slot))
 
     def settle(self, item: Any, future: Future[Any], slot: int, failed: list[tuple[int, str]]) -> Any:
-        """What is known of this sample, or of the one that takes its place; None where none does."""
+        """This item, or the one that takes its place, and what is known of its sample; (None, None) where none does."""
         for attempt in itertools.count():
             asked = item if attempt == 0 else self.dataset.replacement(item, attempt - 1)
             if asked is None:
-                return None
+                return None, None
             try:
-                return (future if attempt == 0 else self.pool.submit(asked, slot)).result()
+                return asked, (future if attempt == 0 else self.pool.submit(asked, slot)).result()
             except DecodeError as error:
                 index = self.dataset.index(asked)
                 lost = isinstance(error, WorkerLostError)

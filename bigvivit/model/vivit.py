@@ -11,6 +11,9 @@ from bigvivit.model.temporal import TemporalTransformer
 from bigvivit.model.towers import Tower
 from bigvivit.model.tubelet import to_tubelets
 
+VECTORS_NDIM = 3
+"""Axes of a batch of vectors; one of clips has two more."""
+
 
 class ViViT(nn.Module):
     """uint8 clips to logits. `tower` may be replaced by anything that maps uint8 [n, t * 3, h, w] to [n, width]."""
@@ -23,8 +26,12 @@ class ViViT(nn.Module):
         self.tubelet = tubelet
 
     def forward(self, clips: Tensor) -> Tensor:
-        """uint8 [b, frames, 3, h, w] → logits [b, classes]."""
-        vectors = self.tower(to_tubelets(clips, self.tubelet))
+        """uint8 [b, frames, 3, h, w], or the vectors [b, tubelets, width] that the tower made of them → logits
+        [b, classes]."""
+        if clips.ndim == VECTORS_NDIM:
+            vectors = clips.to(self.head.weight.device, non_blocking=True)
+        else:
+            vectors = self.tower(to_tubelets(clips, self.tubelet))
         vectors = vectors.view(len(clips), -1, vectors.shape[-1]).to(self.head.weight.dtype)
         if self.adapter is not None:
             vectors = self.adapter(vectors)
