@@ -80,7 +80,8 @@ class FeatureStore:
         time. Raises ConfigError where the folder cannot be made."""
         self.folder, self.key, self.shape, self.dtype, self.by_content = folder, key, shape, dtype, by_content
         self.row_bytes = math.prod(shape) * dtype.itemsize
-        self.rows: dict[Key, Row] = {}
+        self.rows: dict[Key, list[Row]] = {}
+        """All that was written for a key: a file that changed, or a row that was torn, has more than one."""
         self.tails: dict[Path, Tail] = {}
         self.maps: dict[Path, np.ndarray] = {}
         self.files: dict[Path, tuple[str, str]] = {}
@@ -125,11 +126,11 @@ class FeatureStore:
         try:
             entry = json.loads(line)
             crc, number, stamp = entry.pop("crc32"), entry.pop("row"), entry["stamp"]
-            key = entry["file"], entry["start"], entry["end"], entry["view"]
+            known = self.rows.setdefault((entry["file"], entry["start"], entry["end"], entry["view"]), [])
         except (ValueError, KeyError, TypeError, AttributeError):
             return
         if isinstance(number, int) and 0 <= number < len(self.maps[journal]):
-            self.rows[key] = Row(journal, number, stamp, json.dumps(entry, sort_keys=True), crc)
+            known.append(Row(journal, number, stamp, json.dumps(entry, sort_keys=True), crc))
 
     def identify(self, path: Path) -> tuple[str, str]:
         """(file, stamp): by its place, with size and time for a stamp, or by its content. Raises OSError."""
@@ -148,20 +149,20 @@ class FeatureStore:
         except OSError:
             return None  # whoever decodes it says so
         key = file, clip.start, clip.end, view
-        row = self.rows.get(key)
-        if row is None:
-            return None
-        reason = None
-        if row.stamp != stamp:
-            reason = f"the file has changed since ({row.stamp}, now {stamp})"
-        elif not row.checked and checksum(row.identity, self.maps[row.shard][row.number]) != row.crc:
-            reason = f"row {row.number} of {row.shard.with_suffix('.safetensors')} is torn: its CRC-32 differs"
-        if reason is not None:
-            log.warning("cache: vectors of %s are computed again: %s", clip.path, reason)
-            del self.rows[key]
-            return None
-        row.checked = True
-        return row
+        reasons = []
+        for row in self.rows.get(key, ()):
+            if row.stamp != stamp:
+                reasons.append(f"the file has changed since ({row.stamp}, now {stamp})")
+            elif not row.checked and checksum(row.identity, self.maps[row.shard][row.number]) != row.crc:
+                reasons.append(
+                    f"row {row.number} of {row.shard.with_suffix('.safetensors')} is torn: its CRC-32 differs"
+                )
+            else:
+                row.checked = True
+                return row
+        if self.rows.pop(key, None):
+            log.warning("cache: vectors of %s are computed again: %s", clip.path, "; ".join(reasons))
+        return None
 
     def holds(self, clip: Clip, view: int) -> bool:
         """`find` without looking at the bytes, or saying anything: for forecasts."""
@@ -169,8 +170,7 @@ class FeatureStore:
             file, stamp = self.identify(clip.path)
         except OSError:
             return False
-        row = self.rows.get((file, clip.start, clip.end, view))
-        return row is not None and row.stamp == stamp
+        return any(row.stamp == stamp for row in self.rows.get((file, clip.start, clip.end, view), ()))
 
     def read(self, row: Row) -> Tensor:
         """A copy of the row [views, tubelets, width]."""
@@ -193,14 +193,15 @@ class FeatureStore:
         journal = self.writer.journal_path
         if journal not in self.maps:
             self.maps[journal] = map_shard(journal.with_suffix(".safetensors"), self.row_bytes)
-        self.rows[file, clip.start, clip.end, view] = Row(journal, number, stamp, text, crc, checked=True)
+        self.rows[file, clip.start, clip.end, view] = [Row(journal, number, stamp, text, crc, checked=True)]
 
     def close(self) -> None:
         """Put what this process wrote on the disk, and cut its shard to the rows it has."""
         if self.writer is not None:
             with explain_no_space(self.folder):
                 self.writer.close()
-            self.tails[self.writer.journal_path] = Tail(self.writer.journal_path.stat().st_size)
+            if self.writer.used:
+                self.tails[self.writer.journal_path] = Tail(self.writer.journal_path.stat().st_size)
             self.writer = None
 
 
@@ -243,7 +244,13 @@ class Writer:
         write_whole(self.journal, json.dumps(entry).encode() + b"\n", os.fstat(self.journal.fileno()).st_size)
 
     def close(self) -> None:
-        """Cut the shard to its rows."""
+        """Cut the shard to its rows; one without any, on a disk that was full, goes."""
+        if self.used == 0:
+            self.data.close()
+            self.journal.close()
+            self.journal_path.with_suffix(".safetensors").unlink()
+            self.journal_path.unlink()
+            return
         self.write_header(self.used)
         os.ftruncate(self.data.fileno(), HEADER_BYTES + self.used * self.store.row_bytes)
         for file in (self.data, self.journal):
