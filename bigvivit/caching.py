@@ -16,7 +16,7 @@ import torch
 
 from bigvivit.assemble import TowerSource, evaluation_plan, open_run_tower
 from bigvivit.config import ClipConfig, ConfigError, EvalConfig, ModelConfig, TrainConfig
-from bigvivit.data.cached import FeatureLoader, ViewClips
+from bigvivit.data.cached import AllViews, FeatureLoader, ViewClips
 from bigvivit.data.features import FeatureStore, explain_no_space
 from bigvivit.data.loader import ClipLoader
 from bigvivit.data.manifest import Clip
@@ -91,6 +91,19 @@ class RunCache:
         store = self.open_store(f"eval-{views}x{crops}", views * crops)
         self.forecast(store, "evaluation", loader.dataset.clips, 1, None)
         return self.add(FeatureLoader(loader, store, tower, lambda item: 0))
+
+    def ahead(
+        self, config: TrainConfig, clips: Sequence[Clip], tower: TowerPass, *, batch_size: int, rank: int, world: int
+    ) -> FeatureLoader:
+        """A loader of what the store lacks of this rank's share of all views; every clip's first ones come first."""
+        data = config.data
+        dataset = AllViews(config.clip, clips, config.seed, data.cache_views)
+        store = self.open_store(TRAIN, 1)
+        self.forecast(store, "training", clips, data.cache_views, None)
+        every = [(epoch, index) for epoch in range(data.cache_views) for index in range(len(clips))]
+        lacking = [item for item in every[rank::world] if store.find(clips[item[1]], dataset.view(item)) is None]
+        loader = ClipLoader(dataset, lacking, batch_size, data.workers, time_limit=data.time_limit, keep_last=True)
+        return self.add(FeatureLoader(loader, store, tower, dataset.view))
 
     def add(self, loader: FeatureLoader) -> FeatureLoader:
         """Remember it."""

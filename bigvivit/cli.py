@@ -22,6 +22,7 @@ def main() -> None:
     """Run the subcommand that the command line names."""
     commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
         "train": (train, "train one stage"),
+        "cache": (cache, "compute a frozen tower's vectors ahead of training"),
         "eval": (evaluate, "accuracy of trained runs"),
         "predict": (predict, "what a trained run takes videos for"),
         "plan": (plan, "whether a training step fits hardware that need not be here"),
@@ -61,6 +62,15 @@ def train(argv: list[str]) -> None:
     from bigvivit.train import main as train_main
 
     train_main(argv)
+
+
+def cache(argv: list[str]) -> None:
+    """`bigvivit cache`, with the flags of `bigvivit train`."""
+    from bigvivit.config import TrainConfig
+    from bigvivit.fill_cache import fill_cache
+
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # of DeepSpeed's launcher
+    fill_cache(tyro.cli(TrainConfig, args=argv, prog="bigvivit cache"))
 
 
 def evaluate(argv: list[str]) -> None:

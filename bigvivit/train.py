@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,8 +34,12 @@ from bigvivit.training.stop import STOPPED, StopSignal
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from bigvivit import assemble
+    from bigvivit.memory.load import Sharder
     from bigvivit.memory.ranks import Board
+    from bigvivit.model.vivit import ViViT
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,8 +133,11 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out={out}: no permission to write in {existing}; give another folder")
 
 
-def run_stage(job: Job, stop: StopSignal) -> None:
-    """Start the ranks and train; whatever goes wrong on one of them is told once and ends all of them."""
+def run_stage(job: Job, stop: StopSignal, work: Callable[..., bool] | None = None) -> None:
+    """Start the ranks and train; whatever goes wrong on one of them is told once and ends all of them.
+
+    `work` is what they do in place of training.
+    """
     import torch.distributed as dist
 
     from bigvivit import assemble
@@ -143,7 +151,7 @@ def run_stage(job: Job, stop: StopSignal) -> None:
     board = start_process_group(device, job.world, deepspeed=job.ds is not None, fsdp=job.config.fsdp)
     try:
         with explain_full_disk(job.config.out, "a file of this run"):  # where nobody names it closer
-            finished = build_and_train(job, device, board, stop)
+            finished = (work or build_and_train)(job, device, board, stop)
     except (Exception, KeyboardInterrupt) as error:
         page = partial(write_page, job, measure_shortage(error, device), device) if is_out_of_memory(error) else None
         if job.world == 1 and page is None:
@@ -162,32 +170,17 @@ def run_stage(job: Job, stop: StopSignal) -> None:
         sys.exit(STOPPED)
 
 
-def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSignal) -> bool:
-    """Build, apply the plan, train, keep. Returns whether the stage came to its end; asked to stop, it does not."""
-    import torch
-
+def build_prepared(
+    job: Job, device: torch.device
+) -> tuple[ViViT, assemble.TowerSource, list[tuple[str, nn.Module]], Sharder | None]:
+    """(model, where its tower comes from, the tower's pieces by name, what shards them): loaded, made to fit by the
+    plan."""
     from bigvivit import assemble
-    from bigvivit.caching import open_cache
-    from bigvivit.data.cached import build_view_loader
-    from bigvivit.data.errors import DecodeError
-    from bigvivit.data.loader import build_eval_loader, build_train_loader
     from bigvivit.memory.apply import apply_plan
-    from bigvivit.memory.freeze import count_parameters, describe_frozen
-    from bigvivit.memory.measure import greatest, measure_peaks
-    from bigvivit.memory.parallel import build_engine, build_sharder
+    from bigvivit.memory.parallel import build_sharder
     from bigvivit.model.towers import Tower
-    from bigvivit.saving import Saver
-    from bigvivit.training import loop
-    from bigvivit.training.failed_clips import Failures, TooManyFailuresError
-    from bigvivit.training.metrics import MetricsLog
-    from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
-    from bigvivit.training.state import restore_random, restore_scheduler
-    from bigvivit.training.tower_pass import TowerPass
 
-    config, rank, world = job.config, job.rank, job.world
-    log = logging.getLogger("bigvivit")
-    torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
-
+    config, log = job.config, logging.getLogger("bigvivit")
     run, header = job.init or (None, None)
     own_tower = job.progress is not None and config.stage == 1  # a part of the checkpoint
     with offer_the_one_before(run) if run and own_tower else nullcontext():
@@ -224,6 +217,32 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         sharder=sharder,
         scratch=config.out,
     )
+    return model, source, pieces, sharder
+
+
+def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSignal) -> bool:
+    """Build, apply the plan, train, keep. Returns whether the stage came to its end; asked to stop, it does not."""
+    import torch
+
+    from bigvivit.caching import open_cache
+    from bigvivit.data.cached import build_view_loader
+    from bigvivit.data.errors import DecodeError
+    from bigvivit.data.loader import build_eval_loader, build_train_loader
+    from bigvivit.memory.freeze import count_parameters, describe_frozen
+    from bigvivit.memory.measure import greatest, measure_peaks
+    from bigvivit.memory.parallel import build_engine
+    from bigvivit.saving import Saver
+    from bigvivit.training import loop
+    from bigvivit.training.failed_clips import Failures, TooManyFailuresError
+    from bigvivit.training.metrics import MetricsLog
+    from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
+    from bigvivit.training.state import restore_random, restore_scheduler
+    from bigvivit.training.tower_pass import TowerPass
+
+    config, rank, world = job.config, job.rank, job.world
+    log = logging.getLogger("bigvivit")
+    torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
+    model, source, pieces, sharder = build_prepared(job, device)
 
     ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
     ranks |= {"time_limit": config.data.time_limit}
@@ -264,8 +283,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             val_loader = cache.evaluation(val_loader, tower, views=1, crops=1)
     first_step = 0
     if job.progress is not None:
-        assert run is not None
-        first_step = job.progress.step
+        assert job.init is not None
+        run, first_step = job.init[0], job.progress.step
         engine.load_optimizer(read_tensors(run, OPTIMIZER))
         restore_scheduler(scheduler, job.progress.scheduler)
         restore_random(read_tensors(run, RANDOM), seed=config.seed + first_step, rank=rank, world=world)

@@ -57,6 +57,7 @@ def command(launcher: str, *arguments: object) -> list[str]:
     words: dict[str, list[str | Path]] = {
         "python": [sys.executable, "bigvivit/train.py"],
         "bigvivit": [BIN / "bigvivit", "train"],
+        "cache": [BIN / "bigvivit", "cache"],
         "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port, "bigvivit/train.py"],
         "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", port, "bigvivit/train.py"],
         "accelerate": [

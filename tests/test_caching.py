@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,19 @@ from safetensors.torch import load_file
 from bigvivit.data import loader
 from bigvivit.memory.stream import FrozenTower
 from tests.data.videos import write_video
-from tests.launching import LOSS_TOLERANCE, ZERO3, Runs, call, read_losses, start, train
+from tests.launching import (
+    BIN,
+    LOSS_TOLERANCE,
+    ROOT,
+    ZERO3,
+    Runs,
+    call,
+    environment,
+    free_port,
+    read_losses,
+    start,
+    train,
+)
 
 CLASSES = ("right", "left", "down", "up")
 FIXED = [
@@ -180,6 +193,27 @@ def test_on_two_ranks(engine: str, videos: Path, runs: Runs, tmp_path: Path) -> 
         assert own.get("val_loss") == pytest.approx(plain.get("val_loss"), abs=10 * LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize(("ranks", "words"), [(1, ()), (2, ()), pytest.param(2, ("--fsdp",), marks=pytest.mark.slow)])
+def test_filled_ahead(
+    ranks: int, words: tuple[str, ...], videos: Path, runs: Runs, tmp_path: Path, no_videos: Callable[[], None]
+) -> None:
+    """By `bigvivit cache` with the flags of training, which then needs no video; ranks share the views out."""
+    data = ["--data.train", write_manifest(videos, "all.csv", range(11)), "--init-from", runs["plain1"]]
+    data += ["--data.val", write_manifest(videos, "val.csv", range(2, 9)), "--data.cache", tmp_path / "cache"]
+    data += ["--data.cache-views", 3, "--clip.flip"]
+    line = ["cache", "--out", tmp_path / "run", *FIXED, *data]
+    torchrun = [BIN / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port(), "-m", "bigvivit.cli"]
+    command = [str(word) for word in (*torchrun, *line, *words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"computed {3 * 11 + 7} views" in done.stderr
+    no_videos()
+    assert call(*line).returncode == 0  # there is nothing left to compute
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", runs, *data)
+    assert read_counts(tmp_path / "run") == (3 * 2 * 4 + 7, 0)
+
+
 def test_a_killed_fill_goes_on(videos: Path, runs: Runs, tmp_path: Path) -> None:
     """SIGKILL in the first epoch: the next run reads what was kept, and ends with the losses of one left alone."""
     data = ["--data.train", write_manifest(videos, "all.csv", range(12)), "--init-from", runs["plain1"]]
@@ -219,6 +253,21 @@ def test_wrong_settings(arguments: list[object], message: str, tmp_path: Path) -
     done = call("train", "--out", tmp_path / "run", "--data.train", "x.csv", "--clip.frames", 8, *cache, *arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_fill_names_what_cannot_be_read(videos: Path, runs: Runs, tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.mp4").write_bytes((videos / f"{number}.mp4").read_bytes())
+    (tmp_path / "7.mp4").write_bytes(b"no video")
+    data = ["--data.train", write_manifest(tmp_path, "all.csv", range(8)), "--init-from", runs["plain1"]]
+    line = ["cache", "--out", tmp_path / "run", *FIXED, *data, "--data.cache"]
+    done = start("cache", *line[1:], tmp_path / "cache")
+    assert done.returncode == 0
+    assert f"not read: {tmp_path / '7.mp4'} cannot be opened as a video" in done.stderr
+    assert "1 videos cannot be read: in training others take their places" in done.stderr
+    assert "computed 7 views" in done.stderr
+    done = call(*line[:-1])
+    assert (done.returncode, "data.cache is not set" in done.stderr) == (2, True), done.stderr
 
 
 def test_what_belongs_to_a_cache_needs_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ ANYTHING = {
     "cli",
     "assemble",
     "caching",
+    "fill_cache",
     "saving",
     "towers",
     "drift",
