@@ -98,6 +98,7 @@ def build_model(
     """The model with its small parts ready and its tower still without storage, on the meta device."""
     assert model.tubelet is not None
     assert model.temporal_depth is not None
+    assert model.temporal_input is not None
     try:
         tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
     except ValueError as error:
@@ -109,6 +110,7 @@ def build_model(
         classes=classes,
         temporal_depth=model.temporal_depth,
         droplayer=model.droplayer,
+        temporal_input=model.temporal_input,
         adapter=adapter,
         seed=seed,
     )

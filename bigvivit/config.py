@@ -40,6 +40,9 @@ class ModelConfig:
     """Frames per tubelet, the temporal extent of the patch kernel [default: 2, as in ViViT]."""
     temporal_depth: int | None = None
     """Layers of the temporal transformer [default: 4; stage 2 infers it from stage 1's weights]."""
+    temporal_input: Literal["centred", "original"] | None = None
+    """What the temporal transformer sees: how the frame vectors of a clip change, at unit size, with their mean apart,
+    or, as in the original, the vectors as they are [default: centred]."""
     droplayer: float = 0.0
     """Stochastic depth: rate of the deepest block of each transformer, growing linearly from 0 (paper, Table 7)."""
 
@@ -58,8 +61,14 @@ class ClipConfig:
 
     frames: int
     """Frames per clip."""
-    stride: int = 2
-    """Distance between two frames of a clip, in frames of the video."""
+    stride: int | None = None
+    """Distance between two frames of a clip, in frames of the video, from a random start (the paper's sampling).
+    Without it and without `fps`, a clip spans the whole video: one frame of each of `frames` equal parts."""
+    fps: float | None = None
+    """Frames of a clip per second of the video, from a random start: the same motion at any frame rate."""
+    short: Literal["spread", "loop"] = "spread"
+    """What becomes of a video that is shorter than a clip by `stride` or `fps`: its frames are spread evenly over the
+    clip, or it begins again, as in the original."""
     size: int = 224
     """Side of the square crop the tower sees, in pixels."""
     resize: int = 256
@@ -73,8 +82,12 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "size", "resize"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"clip.{name}={getattr(self, name)} must be at least 1")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ConfigError(f"clip.fps={self.fps} is not a number of frames per second above 0")
+        if self.fps is not None and self.stride is not None:
+            raise ConfigError(f"clip.stride={self.stride} and clip.fps={self.fps} both set a distance: leave one out")
         if self.resize < self.size:
             raise ConfigError(
                 f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "
@@ -272,7 +285,7 @@ def check_memory(plan: MemoryPlan, stage: int) -> None:
             )
 
 
-MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4)
+MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4, temporal_input="centred")
 
 
 def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelConfig:

@@ -121,7 +121,9 @@ def open_bare_tower(config: DriftConfig, device: torch.device) -> tuple[Loader, 
     from bigvivit import assemble
     from bigvivit.memory.apply import apply_plan
 
-    model_config = ModelConfig(tower=config.source, tower_init="pretrained", tubelet=1, temporal_depth=1)
+    model_config = ModelConfig(
+        tower=config.source, tower_init="pretrained", tubelet=1, temporal_depth=1, temporal_input="centred"
+    )
     manifest = read_manifest(config.manifest)
     try:
         source = assemble.open_tower(model_config, seed=0)

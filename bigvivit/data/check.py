@@ -38,8 +38,8 @@ class CheckConfig:
     """Processes that decode."""
     frames: int | None = None
     """Frames per clip in training: reports what is shorter."""
-    stride: int = 2
-    """Distance between two frames of a clip."""
+    stride: int = 1
+    """Distance between two frames of a clip; 1 where training is given neither a stride nor frames per second."""
     decode: Literal["all", "ends"] = "all"
     """Every frame, or only the first, the middle and the last."""
     time_limit: float = 600.0

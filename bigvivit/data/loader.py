@@ -22,7 +22,7 @@ from bigvivit.data.decode import VideoReader, open_video
 from bigvivit.data.errors import DecodeError, WorkerLostError
 from bigvivit.data.manifest import Clip, Manifest
 from bigvivit.data.pool import Pool
-from bigvivit.data.sampling import random_clip, uniform_clips
+from bigvivit.data.sampling import random_frames, view_frames
 
 MAX_REPLACEMENTS = 100
 """Videos tried in place of one that cannot be read: when all of these fail too, something else is wrong."""
@@ -109,7 +109,7 @@ class TrainClips(Dataset[Sample]):
         generator = self.generator(item)
         video = open_video(source.path)  # here, in the worker: decord's readers do not cross processes
         frames = window(video, source)
-        chosen = random_clip(len(frames), self.clip.frames, self.clip.stride, generator)
+        chosen = random_frames(len(frames), video.fps, self.clip, generator)
         clip = augment(video.read([frames[i] for i in chosen]), self.clip, generator)
         return clip, source.label, index, video.decoder
 
@@ -149,7 +149,7 @@ class EvalClips(Dataset[Sample]):
         video = open_video(source.path)
         frames = window(video, source)
         views = []
-        for number, chosen in enumerate(uniform_clips(len(frames), self.clip.frames, self.clip.stride, self.views)):
+        for number, chosen in enumerate(view_frames(len(frames), video.fps, self.clip, self.views)):
             view = crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
             if self.shuffle_frames:
                 view = view[:, shuffled_order(len(chosen), sample_generator(self.seed, index, number))]
