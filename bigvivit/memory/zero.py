@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -131,6 +131,9 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()  # `optim.ema` is refused under DeepSpeed
 
     def gather_optimizer(self) -> dict[str, Tensor]:
         if self.stage == 0:

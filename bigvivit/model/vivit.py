@@ -72,7 +72,7 @@ def build_vivit(
         head = nn.Linear(spec.width, classes)
     init_weights(temporal, seed, "temporal")
     with torch.no_grad():
-        temporal.position_embeddings *= POSITION_STD[temporal_input] / TABLE_STD
+        temporal.position_embeddings.mul_(POSITION_STD[temporal_input] / TABLE_STD)
     for start in (temporal.cls_token, temporal.mean_gate):
         if start is not None:
             nn.init.zeros_(start)

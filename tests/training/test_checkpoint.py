@@ -29,6 +29,7 @@ HEAD = Header(
     clip=ClipConfig(frames=8, size=48, resize=52, flip=False),
     memory=MemoryPlan(),
     classes=("a", "b"),
+    clip_seconds=1.5,
     seed=3,
     tower_folder="tower",
     tower_checksum="0" * 64,
