@@ -17,6 +17,7 @@ from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
 from bigvivit.model.weights import fetch_weights, open_weights, random_weights, tower_checksum
 from bigvivit.training.checkpoint import Header, read_trainables
+from bigvivit.versions import require_for_run
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
 def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:
     """A finished run's model, whole on this device, frozen and ready to evaluate; by another plan than its own, if one
     is given."""
+    if plan is None:  # a tower is evaluated as it was trained with: stage 1 holds it in fp32
+        plan = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
+    require_for_run(storage=plan.storage)
     source = open_tower(
         header.model, seed=header.seed, folder=tower_folder(run, header), checksum=header.tower_checksum
     )
@@ -137,7 +141,5 @@ def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPla
     if skipped := load_trained(model, run, header):
         names = ", ".join(entry.name for entry in skipped)
         raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
-    # A tower is evaluated as it was trained with: stage 1 holds it in fp32.
-    own = header.memory if header.stage == 2 else replace(header.memory, storage="fp32", compute="fp32")
-    apply_plan(model, plan or own, frozen=True, fill=source.fill, device=device)
+    apply_plan(model, plan, frozen=True, fill=source.fill, device=device)
     return model.eval()

@@ -31,14 +31,15 @@ ANYTHING = {
 MAY_IMPORT = {
     "__init__": set(),
     "units": set(),
+    "versions": {"config", "__version__"},
     "memory.plan": {"units"},
     "config": {"units", "memory.plan"},
     "recipes": {"config"},
-    "model": {"model", "units"},
-    "memory": {"memory", "units", "config"},
-    "training": {"training", "units", "config", "memory"},
-    "forecast": {"forecast", "memory", "training.step", "config", "units"},
-    "data": {"data", "units", "config", "__version__"},
+    "model": {"model", "units", "versions"},
+    "memory": {"memory", "units", "config", "versions"},
+    "training": {"training", "units", "config", "memory", "versions"},
+    "forecast": {"forecast", "memory", "training.step", "config", "units", "versions"},
+    "data": {"data", "units", "config", "versions", "__version__"},
 }
 OUTSIDE_ONLY_IN = {"deepspeed": {"memory.zero"}, "torch.distributed.fsdp": {"memory.fsdp"}}
 FILES = sorted((ROOT / "bigvivit").rglob("*.py"))
