@@ -174,8 +174,8 @@ class TrainConfig:
     init_from: Path | None = None
     """Run folder of stage 1; required in stage 2."""
     ds: Path | None = None
-    """DeepSpeed configuration: a JSON file, or `zero2`, `zero3` or `zero3_offload`, which come with this package. Without
-    it and without fsdp, every rank holds the whole model."""
+    """DeepSpeed configuration: a JSON file, or `zero2`, `zero3` or `zero3_offload`, which come with this package.
+    Without it and without fsdp, every rank holds the whole model."""
     fsdp: bool = False
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

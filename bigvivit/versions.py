@@ -1,8 +1,8 @@
-"""Which versions of other packages are known here, and what is said where one is missing or unknown. Imports no torch.
+"""Which versions of other packages are known here, and what is said where one is missing. Imports no torch.
 
-The ranges are those of pyproject.toml (tests/test_versions.py compares them); their ends are what tests/versions.sh runs
-the tests with. Packages whose insides are replaced or read have an end that is enforced: what has moved there would be
-an AttributeError at best, and a wrong number at worst.
+The ranges are those of pyproject.toml (tests/test_versions.py compares them); their ends are what tests/versions.sh
+runs the tests with. Packages whose insides are replaced or read have an end that is enforced: what has moved there would
+be an AttributeError at best, and a wrong number at worst.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class Package:
     """Oldest and newest minor versions that the tests have run with."""
     use: str
     """What cannot be done without it."""
-    patched: bool = False
-    """Its insides are replaced or read here."""
     extra: str = ""
     """The extra of ours that installs it; "" where every installation has it."""
 
@@ -55,7 +53,7 @@ PACKAGES: dict[str, Package] = {
     package.name: package
     for package in (
         Package(
-            name="torch", module="torch", range=">=2.11,<2.16", tested=("2.11", "2.15"), patched=True, use="everything"
+            name="torch", module="torch", range=">=2.11,<2.16", tested=("2.11", "2.15"), use="everything"
         ),
         Package(
             name="transformers", module="transformers", range=">=5.17,<6", tested=("5.17", "5.24"),
@@ -75,11 +73,11 @@ PACKAGES: dict[str, Package] = {
         ),
         Package(name="decord", module="decord", range=">=0.6", tested=("0.6", "0.6"), use="the faster video decoder"),
         Package(
-            name="deepspeed", module="deepspeed", range=">=0.19,<0.20", tested=("0.19", "0.19"), patched=True,
+            name="deepspeed", module="deepspeed", range=">=0.19,<0.20", tested=("0.19", "0.19"),
             use="ZeRO: every --ds",
         ),
         Package(
-            name="bitsandbytes", module="bitsandbytes", range=">=0.49.2,<0.51", tested=("0.49", "0.50"), patched=True,
+            name="bitsandbytes", module="bitsandbytes", range=">=0.49.2,<0.51", tested=("0.49", "0.50"),
             use="8-bit optimizers, storage in int8 and nf4",
         ),
         Package(name="accelerate", module="accelerate", range=">=1.13", tested=("1.13", "1.15"), use="its launcher"),
@@ -92,7 +90,10 @@ PACKAGES: dict[str, Package] = {
             name="nvidia-ml-py", module="pynvml", range=">=13", tested=("13.580", "13.615"),
             use="GPUs as the driver sees them: doctor",
         ),
-        Package(name="ninja", module="ninja", range=">=1.11", tested=("1.13", "1.13"), use="building DeepSpeed's operators"),
+        Package(
+            name="ninja", module="ninja", range=">=1.11", tested=("1.13", "1.13"),
+            use="building DeepSpeed's operators",
+        ),
         Package(
             name="timm", module="timm", range=">=1.0.26", tested=("1.0", "1.0"), extra="timm", use="towers from timm"
         ),
@@ -133,14 +134,14 @@ def read_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def require(what: str, *names: str) -> None:
-    """Raise ConfigError where `what` (a setting with its value, or a thing that is done) needs what is not installed."""
+    """Raise ConfigError where `what`, a setting with its value or a thing that is done, needs what is not installed."""
     for name in names:
         if not has_package(name):
             raise ConfigError(f"{what} needs {name}, which is not installed: {PACKAGES[name].install}")
 
 
 def require_known(what: str, name: str) -> None:
-    """`require`, and raise ConfigError for a version outside the range: `what` replaces or reads this package's insides."""
+    """`require`, and raise ConfigError for a version outside the range: `what` replaces or reads its insides."""
     require(what, name)
     version = read_version(name)
     package = PACKAGES[name]
@@ -152,7 +153,7 @@ def require_known(what: str, name: str) -> None:
 
 
 def is_in_range(package: Package, version: str) -> bool:
-    """Whether a version is accepted, by its first two numbers: builds of makers and nightlies count as their release."""
+    """Whether a version is accepted, by its first two numbers: makers' builds and nightlies count as their release."""
     least, most = (re.search(rf"{sign}([\d.]+)", package.range) for sign in (">=", "<"))
     own = minor(version)
     return (least is None or own >= minor(least[1])) and (most is None or own < minor(most[1]))
