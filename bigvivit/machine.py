@@ -146,7 +146,6 @@ def read_nvml() -> dict[str, Any]:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             gpu: dict[str, Any] = {
                 "name": text(pynvml.nvmlDeviceGetName(handle)),
-                "uuid": text(pynvml.nvmlDeviceGetUUID(handle)),
             }
             gpu |= {"memory_bytes": int(memory.total), "free_bytes": int(memory.free), "mig": False, "pcie": None}
             with suppress(pynvml.NVMLError):  # of cards that have no MIG, and virtual ones without a link
@@ -241,7 +240,6 @@ def probe_cuda(folder: str, _: str) -> dict[str, Any]:
         found["gpus"].append(
             {
                 "name": card.name,
-                "uuid": str(getattr(card, "uuid", "")),
                 "memory_bytes": card.total_memory,
                 "capability": f"{card.major}.{card.minor}",
                 "has_kernels": has_kernels(card.major, card.minor, torch.cuda.get_arch_list()),

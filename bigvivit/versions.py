@@ -1,8 +1,8 @@
 """Which versions of other packages are known here, and what is said where one is missing. Imports no torch.
 
 The ranges are those of pyproject.toml (tests/test_versions.py compares them); their ends are what tests/versions.sh
-runs the tests with. Packages whose insides are replaced or read have an end that is enforced: what has moved there would
-be an AttributeError at best, and a wrong number at worst.
+runs the tests with. Where the insides of a package are replaced or read, the range is enforced: what has moved there
+would be an AttributeError at best, and a wrong number at worst.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,10 +23,11 @@ from torch import Tensor
 from bigvivit.data.errors import DecodeError
 from bigvivit.versions import minor
 
-decord: Any = None
-with suppress(ImportError, OSError):  # it has no wheel for every machine, and may lack its libraries
+try:
     import decord
-if decord is not None:
+except (ImportError, OSError):  # it has no wheel for every machine, and may lack its libraries
+    decord = None
+else:
     decord.logging.set_level(decord.logging.QUIET)
 av.logging.set_level(av.logging.PANIC)
 LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if minor(av.__version__) < (19, 0) else {}
