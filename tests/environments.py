@@ -1,4 +1,4 @@
-"""Virtual environments that hold some of the packages that are installed here, as links: made in a moment, no network."""
+"""Virtual environments with some of the packages that are installed here, as links: made in a moment, without network."""
 
 from __future__ import annotations
 

@@ -81,7 +81,9 @@ def test_one_part_is_missing(missing: str, tmp_path: Path) -> None:
     for name, (code, _, errors) in walk(python, CALLS, tmp_path).items():
         assert code == 2, (name, errors)
         assert errors.startswith("error: "), (name, errors)
-        needs = f"needs {missing}, which is not installed: {PACKAGES[missing].install}" if " " not in missing else "needs"
+        needs = (
+            f"needs {missing}, which is not installed: {PACKAGES[missing].install}" if " " not in missing else "needs"
+        )
         assert (needs in errors) == (name in NEEDED[missing]), (name, errors)
     code = "from bigvivit.training.report import *; import json; print(json.dumps(read_versions(PACKAGES)))"
     done = run(python, "-c", code, cwd=tmp_path)
