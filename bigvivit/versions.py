@@ -87,11 +87,11 @@ PACKAGES: dict[str, Package] = {
             use="pictures: report, eval, bench",
         ),
         Package(
-            name="nvidia-ml-py", module="pynvml", range=">=13", tested=("13.580", "13.615"),
+            name="nvidia-ml-py", module="pynvml", range=">=13.580.65", tested=("13.580", "13.615"),
             use="GPUs as the driver sees them: doctor",
         ),
         Package(
-            name="ninja", module="ninja", range=">=1.11", tested=("1.13", "1.13"),
+            name="ninja", module="ninja", range=">=1.11.1", tested=("1.11", "1.13"),
             use="building DeepSpeed's operators",
         ),
         Package(
@@ -102,7 +102,7 @@ PACKAGES: dict[str, Package] = {
             use="a third video decoder",
         ),
         Package(
-            name="tensorboard", module="tensorboard", range=">=2.20", tested=("2.21", "2.21"), extra="tensorboard",
+            name="tensorboard", module="tensorboard", range=">=2.20", tested=("2.20", "2.21"), extra="tensorboard",
             use="curves while a run trains",
         ),
     )

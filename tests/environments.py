@@ -1,4 +1,4 @@
-"""Virtual environments with some of the packages that are installed here, as links: made in a moment, without network."""
+"""Virtual environments with some of the packages that are installed here, as links: made in a moment, offline."""
 
 from __future__ import annotations
 
