@@ -17,6 +17,7 @@ from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
 from bigvivit.model.weights import fetch_weights, open_weights, random_weights, tower_checksum
 from bigvivit.training.checkpoint import Header, read_trainables
+from bigvivit.versions import require_for_run
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
 def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:
     """A finished run's model, whole on this device, frozen and ready to evaluate; by another plan than its own, if one
     is given."""
+    plan = plan or evaluation_plan(header)
+    require_for_run(storage=plan.storage)
     source = open_run_tower(run, header)
     model = build_model(
         source, header.model, header.clip, classes=len(header.classes), adapter=header.stage == 2, seed=header.seed
@@ -137,7 +140,7 @@ def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPla
     if skipped := load_trained(model, run, header):
         names = ", ".join(entry.name for entry in skipped)
         raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
-    apply_plan(model, plan or evaluation_plan(header), frozen=True, fill=source.fill, device=device)
+    apply_plan(model, plan, frozen=True, fill=source.fill, device=device)
     return model.eval()
 
 

@@ -247,7 +247,8 @@ class TrainConfig:
     init_from: Path | None = None
     """Run folder of stage 1, from which stage 2 starts; without it, stage 2 trains on `model.tower` as published."""
     ds: Path | None = None
-    """DeepSpeed configuration (JSON). Without it and without fsdp, every rank holds the whole model."""
+    """DeepSpeed configuration: a JSON file, or `zero2`, `zero3` or `zero3_offload`, which come with this package.
+    Without it and without fsdp, every rank holds the whole model."""
     fsdp: bool = False
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -277,7 +278,7 @@ class TrainConfig:
         if self.fsdp and self.optim.eight_bit:
             raise ConfigError(
                 f"optim.name={self.optim.name} under fsdp: bitsandbytes cannot update FSDP2's sharded parameters; "
-                f"take --optim.name {self.optim.name.removesuffix('8bit')}, or --ds ds_configs/zero3.json"
+                f"take --optim.name {self.optim.name.removesuffix('8bit')}, or --ds zero3"
             )
         if self.stage == 2 and self.init_from is None and self.model.tower is None:
             raise ConfigError(

@@ -31,6 +31,7 @@ from bigvivit.training.progress import (
 )
 from bigvivit.training.report import describe_run
 from bigvivit.training.stop import STOPPED, StopSignal
+from bigvivit.versions import require, require_for_run
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,8 @@ class Job:
 def prepare(config: TrainConfig) -> Job:
     """Find what can be wrong before torch is imported. Raises ConfigError."""
     rank, world = rank_and_world()
+    require("reading videos", "av", "torchvision")
+    require_for_run(ds=config.ds, optimizer=config.optim.name, storage=config.memory.storage)
     check_out(config.out)
     checkpoints = list_checkpoints(config.out)
     if checkpoints and not config.resume:

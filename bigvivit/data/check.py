@@ -20,6 +20,7 @@ from bigvivit.data.errors import DecodeError
 from bigvivit.data.manifest import Faults, raise_faults, read_label, read_rows, read_seconds
 from bigvivit.data.pool import Pool
 from bigvivit.data.sampling import clip_span
+from bigvivit.versions import require
 
 SMALL_SIDE, LONG_RATIO = 64, 4
 CHUNK_BYTES = 256 << 20
@@ -68,6 +69,7 @@ class Row:
 
 def check(config: CheckConfig) -> dict[str, Any]:
     """Scan, write the clean manifest and both reports, and return the report. Raises ConfigError."""
+    require("reading videos", "av")
     folder = config.out or config.manifest.parent
     rows = read_for_check(config.manifest)
     try:

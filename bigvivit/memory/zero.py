@@ -29,12 +29,14 @@ from bigvivit.memory.engine import (
     read_blocks,
 )
 from bigvivit.memory.stream import StreamedLayer
+from bigvivit.versions import require_known
 
 log = logging.getLogger(__name__)
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed use the process group that exists, quietly, with or without a C++ compiler."""
+    require_known("ZeRO", "deepspeed")
     be_quiet()
     if device.type == "cpu":
         go_on_without_compiler()
@@ -301,6 +303,7 @@ def side_streams() -> Iterator[None]:
 @contextmanager
 def zero_on_fake_tensors() -> Iterator[None]:
     """Make DeepSpeed's engine run on fake tensors and a fake process group; for a process that does nothing else."""
+    require_known("a forecast of ZeRO", "deepspeed")
     be_quiet()
     handle = deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle
     stage3 = deepspeed.runtime.zero.stage3

@@ -73,8 +73,15 @@ def test_order_is_told_from_the_start_at_any_size_of_vectors(size: float) -> Non
 def build_temporal(form: TemporalInput, tubelets: int) -> TemporalTransformer:
     model = build_vivit(
         build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0),
-        frames=2 * tubelets, tubelet=2, classes=5, temporal_depth=2, droplayer=0.0, temporal_input=form, adapter=False, seed=0,
-    )  # fmt: skip
+        frames=2 * tubelets,
+        tubelet=2,
+        classes=5,
+        temporal_depth=2,
+        droplayer=0.0,
+        temporal_input=form,
+        adapter=False,
+        seed=0,
+    )
     return model.temporal
 
 
