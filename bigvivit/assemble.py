@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.load import Fill
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.model.towers import TowerSpec, build_tower, resolve_tower
+from bigvivit.model.bank import ProbeBank, build_bank
+from bigvivit.model.towers import Tower, TowerSpec, build_tower, resolve_tower
 from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
 from bigvivit.model.weights import fetch_weights, open_weights, random_weights, tower_checksum
-from bigvivit.training.checkpoint import Header, read_trainables
+from bigvivit.training.checkpoint import BANK, Header, read_trainables
 from bigvivit.versions import require_for_run
 
 
@@ -97,24 +102,31 @@ def build_model(
     source: TowerSource, model: ModelConfig, clip: ClipConfig, *, classes: int, adapter: bool, seed: int
 ) -> ViViT:
     """The model with its small parts ready and its tower still without storage, on the meta device."""
-    assert model.tubelet is not None
     assert model.temporal_depth is not None
+    tower, options = prepare_model(source, model, clip)
+    return build_vivit(
+        tower, classes=classes, temporal_depth=model.temporal_depth, adapter=adapter, seed=seed, **options
+    )
+
+
+def build_probes(
+    source: TowerSource, model: ModelConfig, clip: ClipConfig, *, classes: int, seed: int, depths: Sequence[int]
+) -> ProbeBank:
+    """`build_model` of stage 2, with a head for each of `depths`, those of their temporal transformers."""
+    tower, options = prepare_model(source, model, clip)
+    return build_bank(tower, depths, classes=classes, adapter=True, seed=seed, **options)
+
+
+def prepare_model(source: TowerSource, model: ModelConfig, clip: ClipConfig) -> tuple[Tower, dict[str, Any]]:
+    """The tower, and what all that follows it is built by. Raises ConfigError for frames that the tower cannot take."""
+    assert model.tubelet is not None
     assert model.temporal_input is not None
     try:
         tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return build_vivit(
-        tower,
-        frames=clip.frames,
-        tubelet=model.tubelet,
-        classes=classes,
-        temporal_depth=model.temporal_depth,
-        droplayer=model.droplayer,
-        temporal_input=model.temporal_input,
-        adapter=adapter,
-        seed=seed,
-    )
+    options = {"frames": clip.frames, "tubelet": model.tubelet, "droplayer": model.droplayer}
+    return tower, {**options, "temporal_input": model.temporal_input}
 
 
 def tower_folder(run: Path, header: Header) -> Path | None:
@@ -122,10 +134,19 @@ def tower_folder(run: Path, header: Header) -> Path | None:
     return None if header.tower_folder is None else run / header.tower_folder
 
 
-def load_trained(model: ViViT, run: Path, header: Header) -> list[Skipped]:
-    """A run's trained parts into a model. Returns every tensor that found no place, with the reason."""
-    own: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not name.startswith("tower.")}
-    return transfer(own, read_trainables(run, header))
+def load_trained(model: nn.Module, run: Path, header: Header) -> list[Skipped]:
+    """A run's trained parts into a model, or into every head of a probe bank. Returns every tensor that found no place,
+    with the reason."""
+    trainables, skipped = read_trainables(run, header), dict[str, Skipped]()
+    for part in model.heads.values() if isinstance(model, ProbeBank) else [model]:
+        own: dict[str, torch.Tensor] = {name: p for name, p in part.named_parameters() if not name.startswith("tower.")}
+        skipped |= {entry.name: entry for entry in transfer(own, trainables)}
+    return list(skipped.values())
+
+
+def load_bank(bank: ProbeBank, checkpoint: Path) -> list[Skipped]:
+    """Every head of a checkpoint into the bank it was made by."""
+    return transfer(dict(bank.heads.named_parameters()), load_file(checkpoint / BANK))
 
 
 def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:

@@ -5,6 +5,7 @@ Imports no torch: a wrong setting is refused before anything slow starts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -231,6 +232,47 @@ class OptimConfig:
         return self.name.endswith("8bit")
 
 
+@dataclass(frozen=True)
+class ProbeHead:
+    """What is one head's own in a probe bank."""
+
+    lr: float
+    weight_decay: float
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A probe bank: all combinations of what is listed, each a set of adapter, temporal transformer and head with an
+    optimizer of its own, train on one pass of the frozen tower. What is not listed is as for a run of one."""
+
+    lr: tuple[float, ...] = ()
+    """Peak learning rates to try, in place of `--optim.lr`."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decays to try, in place of `--optim.weight-decay`."""
+    depth: tuple[int, ...] = ()
+    """Layers of the temporal transformer to try, in place of stage 1's."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("lr", "above 0"), ("weight_decay", "from 0"), ("depth", "from 1")):
+            values = getattr(self, name)
+            smallest = {"lr": math.ulp(0.0), "weight_decay": 0.0, "depth": 1}[name]
+            if not all(smallest <= value < math.inf for value in values):
+                raise ConfigError(f"probe.{name}={values} must be numbers {least}")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"probe.{name}={values} lists a value twice: leave one out")
+
+    def heads(self, optim: OptimConfig, model: ModelConfig) -> tuple[ProbeHead, ...]:
+        """Every head, or none where nothing is listed. `model` is resolved."""
+        if not (self.lr or self.weight_decay or self.depth):
+            return ()
+        assert model.temporal_depth is not None, "resolve_model comes first"
+        options = self.lr or (optim.lr,), self.weight_decay or (optim.weight_decay,), self.depth
+        return tuple(
+            ProbeHead(*values) for values in itertools.product(*options[:2], options[2] or (model.temporal_depth,))
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train one stage: stage 1 trains everything on few frames, stage 2 trains on many above a frozen tower."""
@@ -244,6 +286,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     init_from: Path | None = None
     """Run folder of stage 1, from which stage 2 starts; without it, stage 2 trains on `model.tower` as published."""
     ds: Path | None = None
@@ -273,6 +316,8 @@ class TrainConfig:
         check_memory(self.memory, self.stage)
         if self.data.cache is not None:
             check_cache(self)
+        if self.probe != ProbeConfig():
+            check_probe(self)
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.fsdp and self.optim.eight_bit:
@@ -324,6 +369,25 @@ def check_cache(config: TrainConfig) -> None:
     assert folder is not None
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"data.cache={folder} is not a folder: give another")
+
+
+def check_probe(config: TrainConfig) -> None:
+    """Raise where a probe bank cannot be trained."""
+    what = f"probe={config.probe}".replace("ProbeConfig", "")
+    if config.stage == 1:
+        raise ConfigError(f"{what} trains many heads on a frozen tower, and stage 1 trains it: give --stage 2")
+    if config.data.val is None:
+        raise ConfigError(f"{what} needs data.val: the best head by validation becomes the run's checkpoint")
+    if config.ds is not None:
+        raise ConfigError(
+            f"{what} with ds={config.ds}: DeepSpeed clips the gradients of all heads as one; leave --ds out (each rank "
+            f"then holds the tower, which --memory.placement cpu, or --data.cache, makes small), or give --fsdp"
+        )
+    if config.model.droplayer > 0 and len(config.probe.depth) > 1:
+        raise ConfigError(
+            f"{what} with model.droplayer={config.model.droplayer}: heads of several depths would draw other random "
+            f"numbers than runs of their own; give one depth, or --model.droplayer 0"
+        )
 
 
 def check_memory(plan: MemoryPlan, stage: int) -> None:

@@ -43,7 +43,7 @@ def fill_cache(config: TrainConfig) -> None:
 
 
 def compute_views(job: Job, device: torch.device, board: Board, stop: StopSignal) -> bool:
-    """This rank's share. Returns True: a stop ends it at once, and what was computed until then is kept."""
+    """This rank's share. Returns True: a stop ends it at once, and what was computed is kept."""
     from bigvivit.caching import open_cache
     from bigvivit.data.loader import build_eval_loader
     from bigvivit.memory.ranks import gather_over_ranks

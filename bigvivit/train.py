@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bigvivit import assemble
     from bigvivit.memory.load import Sharder
     from bigvivit.memory.ranks import Board
+    from bigvivit.model.bank import ProbeBank
     from bigvivit.model.vivit import ViViT
 
 
@@ -179,12 +180,13 @@ def run_stage(job: Job, stop: StopSignal, work: Callable[..., bool] | None = Non
 
 def build_prepared(
     job: Job, device: torch.device
-) -> tuple[ViViT, assemble.TowerSource, list[tuple[str, nn.Module]], Sharder | None]:
+) -> tuple[ViViT | ProbeBank, assemble.TowerSource, list[tuple[str, nn.Module]], Sharder | None]:
     """(model, where its tower comes from, the tower's pieces by name, what shards them): loaded, made to fit by the
     plan."""
     from bigvivit import assemble
     from bigvivit.memory.apply import apply_plan
     from bigvivit.memory.parallel import build_sharder
+    from bigvivit.model.bank import ProbeBank
     from bigvivit.model.towers import Tower
 
     config, log = job.config, logging.getLogger("bigvivit")
@@ -198,17 +200,20 @@ def build_prepared(
             checksum=header.tower_checksum if header else None,
         )
     assemble.check_types(source, config.memory)
-    model = assemble.build_model(
-        source,
-        config.model,
-        config.clip,
-        classes=len(job.manifest.classes),
-        adapter=config.stage == 2,
-        seed=config.seed,
-    )
+    classes, heads = len(job.manifest.classes), config.probe.heads(config.optim, config.model)
+    parts = source, config.model, config.clip
+    model: ViViT | ProbeBank
+    if heads:
+        depths = [head.depth for head in heads]
+        model = assemble.build_probes(*parts, classes=classes, seed=config.seed, depths=depths)
+    else:
+        model = assemble.build_model(*parts, classes=classes, adapter=config.stage == 2, seed=config.seed)
     pieces = cast(Tower, model.tower).pieces()  # under a checkpoint's names, before anything wraps them
     if run is not None and header is not None:
-        for skipped in assemble.load_trained(model, run, header):
+        loaded = assemble.load_trained(model, run, header)
+        if isinstance(model, ProbeBank) and job.progress is not None:
+            loaded = assemble.load_bank(model, run)
+        for skipped in loaded:
             if job.progress is not None:  # a stage starts with some weights of its own; a stopped run has them all
                 raise ConfigError(
                     f"checkpoint {run} lacks {skipped.name} ({skipped.reason}): delete it to use an older one"
@@ -230,6 +235,7 @@ def build_prepared(
 def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSignal) -> bool:
     """Build, apply the plan, train, keep. Returns whether the stage came to its end; asked to stop, it does not."""
     import torch
+    from rich.console import Console
 
     from bigvivit.caching import open_cache
     from bigvivit.data.cached import build_view_loader
@@ -241,11 +247,13 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.memory.parallel import build_engine
     from bigvivit.saving import Saver
     from bigvivit.training import loop
+    from bigvivit.training.bank import build_bank_optimizer, head_table
     from bigvivit.training.failed_clips import Failures, TooManyFailuresError
     from bigvivit.training.metrics import MetricsLog
     from bigvivit.training.optim import build_optimizer, build_scheduler
     from bigvivit.training.patience import resume_patience
     from bigvivit.training.state import restore_random, restore_scheduler
+    from bigvivit.training.summary import build_head_table
     from bigvivit.training.tower_pass import TowerPass
 
     config, rank, world = job.config, job.rank, job.world
@@ -265,7 +273,12 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         )
     steps_per_epoch = len(loader) // config.optim.accumulate
     steps = config.optim.count_steps(steps_per_epoch)
-    optimizer = build_optimizer(model, config.optim)
+    heads = config.probe.heads(config.optim, config.model)
+    if heads:
+        optimizer = build_bank_optimizer(model, heads, config.optim)
+        log.info("probe bank: %d heads on one pass of the tower", len(heads))
+    else:
+        optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, steps_per_epoch)
     if config.stage == 2:
         log.info(describe_frozen("tower", model.tower, optimizer))
@@ -356,7 +369,11 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             **failures.summary(),
             **(cache.summary() if cache is not None else {}),
         }
-        saver.finish(summary, result.val_top1)
+        if heads and result.scores is not None:
+            summary["heads"] = head_table(heads, result.losses, result.scores)
+        saver.finish(summary, result.scores)
+        if heads and rank == 0:
+            Console().print(build_head_table(summary["heads"]))
     except TooManyFailuresError as error:
         raise ConfigError(str(error)) from None
     except DecodeError as error:

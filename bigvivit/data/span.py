@@ -62,6 +62,6 @@ def describe_span(span: Span, clip: ClipConfig, before: float | None) -> str:
     faster = span.seconds > before
     factor = span.seconds / before if faster else before / span.seconds
     return (
-        f"warning: {line}, but {before:.2f} s in stage 1, whose positions are stretched to it: the same motion now looks "
+        f"warning: {line}, but {before:.2f} s in stage 1, whose positions are stretched to it: motion now looks "
         f"{factor:.1f} times as {'fast' if faster else 'slow'}. --clip.stride {stride} would match"
     )

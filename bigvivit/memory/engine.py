@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -29,7 +30,8 @@ class Engine(Protocol):
     device: torch.device
 
     def __call__(self, clips: Tensor) -> Tensor:
-        """Logits [b, classes] of clips [b, frames, 3, height, width]."""
+        """Logits [b, classes], of a probe bank [heads, b, classes], of clips [b, frames, 3, height, width] or of a
+        frozen tower's vectors [b, tubelets, width]."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -142,14 +144,16 @@ class PlainEngine:
     def step(self) -> float | None:
         if self.micro_batches % self.accumulate:
             return None
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        trained: dict[int, list[Tensor]] = {}  # by the head of a probe bank: each is clipped by its own norm
+        for group in self.optimizer.param_groups:
+            trained.setdefault(group.get("head", 0), []).extend(group["params"])
+        norms = [float(nn.utils.clip_grad_norm_(parameters, self.clip_norm)) for parameters in trained.values()]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         if self.averages is not None:
             self.averages.update(self.scheduler.last_epoch)
-        return float(norm)
+        return max(filter(math.isfinite, norms), default=norms[0])
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.averages is None else self.averages.swapped()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER, TRAINABLES, TOWER = "checkpoint.json", "trainables.safetensors", "tower"
+BANK = "bank.safetensors"
+"""In a checkpoint of a probe bank: every head, of which TRAINABLES holds the best."""
 CHECKPOINTS = "checkpoints"
 """Where a run that has not finished keeps what it can go on from (`training/progress.py`)."""
 SEAL = "sha256"

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -50,10 +50,15 @@ class LoopResult:
     """`training.order.measure_order` before the first step; None where this part of the run did not have that step."""
     seconds_per_step: float
     """Median over the steps after the first few, waiting for data included."""
-    loss: float
-    """Mean over ranks and over the steps since the last report but one."""
-    val_top1: float | None
+    losses: list[float]
+    """Mean over ranks and over the steps since the last report but one; of a probe bank each head's."""
+    scores: dict[str, float] | None
     """Of the last validation; None without one."""
+
+    @property
+    def loss(self) -> float:
+        """The lowest."""
+        return lowest(self.losses)
 
 
 class NonFiniteError(Exception):
@@ -80,19 +85,21 @@ def train(
     failures: Failures,
     first_step: int = 0,
     save_every: int = 0,
-    save: Callable[[int, float | None], None] | None = None,
+    save: Callable[[int, dict[str, float] | None], None] | None = None,
     stop: Callable[[int], bool] | None = None,
     val_loader: ClipLoader | None = None,
     patience: Patience | None = None,
 ) -> LoopResult:
     """Run up to `steps` optimizer steps, `first_step` of which are done. Every rank calls it; `metrics` is rank 0's.
 
-    `save(step, val_top1)` is called on every rank after each `save_every` steps but the last, and after the step at
-    which `stop(step)` says so, the last then. Validation comes before each save and at the end; the last step is also
-    the one at which `patience` runs out. Raises NonFiniteError, and TooManyFailuresError.
+    `save(step, scores of a validation)` is called on every rank after each `save_every` steps but the last, and after
+    the step at which `stop(step)` says so, the last then. Validation comes before each save and at the end; the last
+    step is also the one at which `patience` runs out. Raises NonFiniteError, and TooManyFailuresError.
     """
     engine.module.train()
-    losses, seconds, loss, val_top1, step = [], [], float("nan"), None, first_step
+    losses: list[torch.Tensor] = []
+    seconds: list[float] = []
+    means, scores, step = [math.nan], None, first_step
     order_change, stopping = None, False
     before = time.perf_counter()
     stream = itertools.islice(micro_batches(loader, optim.accumulate, first_step), steps - first_step)
@@ -108,15 +115,15 @@ def train(
             failures.note(epoch, batch.failed, batch.decoders)
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
         if not math.isfinite(result.grad_norm):  # of all ranks, and a number already: no extra wait for the device
-            own = float(result.loss), [int(index) for batch in batches for index in batch.indices]
+            own = float(result.loss.mean()), [int(index) for batch in batches for index in batch.indices]
             raise NonFiniteError(step, result.grad_norm, gather_over_ranks(own))
         losses.append(result.loss)
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
         if step % log_every == 0 or step == steps:
-            mean = torch.stack(losses).mean()
-            loss, failed = mean_over_ranks(torch.stack([mean, mean.new_tensor(len(failures.pending))]))
+            mean = torch.stack(losses).mean(0).view(-1)
+            *means, failed = mean_over_ranks(torch.cat([mean, mean.new_tensor([len(failures.pending)])]))
             losses.clear()
             if failed > 0:
                 failures.gather()
@@ -126,7 +133,7 @@ def train(
                 record = {
                     "step": step,
                     "epoch": epoch,
-                    "loss": loss,
+                    "loss": lowest(means),
                     "lr": lr,
                     "grad_norm": result.grad_norm,
                     "seconds_per_step": recent,
@@ -134,27 +141,32 @@ def train(
                     "peak_bytes": peak.peak_bytes,
                     **{f"memory.{key}": value for key, value in asdict(peak).items() if value is not None},
                     "seconds_left": recent * (steps - step),
+                    **{f"heads.{n}.loss": loss for n, loss in enumerate(means) if len(means) > 1 and loss == loss},
                 }
                 metrics.report(record)
         stopping, due = stop is not None and stop(step), save_every > 0 and step % save_every == 0
         if val_loader is not None and (step == steps or (due and not stopping)):  # who stops a run does not wait for it
             with engine.averaged():
                 scores = validate(engine, val_loader)
-            val_top1 = scores["val_top1"]
             if metrics is not None:
                 metrics.report_validation({"step": step, "epoch": epoch, **scores})
-        validated = val_top1 if due and not stopping else None
+        validated = scores if due and not stopping else None
         if save is not None and (due or stopping) and step < steps:
             failures.gather()  # a run that goes on from here must know them
             save(step, validated)
         if stopping:
             break
-        if patience is not None and validated is not None and patience.runs_out(validated):
+        if patience is not None and validated is not None and patience.runs_out(validated["val_top1"]):
             log.info("validation has not improved for %d checkpoints: training ends at step %d", patience.since, step)
             break
         before = time.perf_counter()  # validating and saving are not part of a step's time
     typical = statistics.median(seconds[WARMUP_STEPS:] or seconds)
-    return LoopResult(step, stopping, order_change, typical, loss, val_top1)
+    return LoopResult(step, stopping, order_change, typical, means, scores)
+
+
+def lowest(losses: Sequence[float]) -> float:
+    """The lowest that is a number: of a probe bank some heads may diverge."""
+    return min((loss for loss in losses if math.isfinite(loss)), default=math.nan)
 
 
 def micro_batches(loader: ClipLoader, accumulate: int, first_step: int = 0) -> Iterator[tuple[int, list[LoadedClips]]]:

@@ -33,16 +33,16 @@ def measure_order(engine: Engine, batches: Sequence[LabelledClips]) -> float | N
 
 
 def pool_clips(engine: Engine, clips: Tensor) -> Tensor:
-    """What leaves the temporal transformer [b, width], fp32 on the CPU. (The head starts at zero, and so do logits.)
+    """What leaves the temporal transformer [b, width], of a probe bank the first; fp32 on the CPU.
 
-    Through the engine, whose sharded weights are gathered from the root's forward on.
+    Not logits, as heads start at zero; and through the engine, whose sharded weights are gathered from the root on.
     """
     caught: list[Tensor] = []
 
     def catch(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         caught.append(output.float().cpu())
 
-    temporal: Any = engine.module.temporal
+    temporal = next(part for name, part in engine.module.named_modules() if name.rpartition(".")[2] == "temporal")
     hook = temporal.register_forward_hook(catch)
     engine.module.eval()
     try:

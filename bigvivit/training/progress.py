@@ -76,7 +76,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value) if isinstance(value, Path) else value
+            as_read = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = str(value) if isinstance(value, Path) else as_read
     return flat
 
 

@@ -125,6 +125,25 @@ def describe_memory(ranks: list[dict[str, int | None]]) -> list[str]:
     return lines
 
 
+HEADS = ("head", "lr", "weight_decay", "depth", "loss", "val_top1", "val_loss")
+"""Columns of a probe bank's table."""
+
+
+def head_cells(entry: dict[str, Any]) -> list[str]:
+    """A head's row; a dash for what one that diverged has not."""
+    written = [format_cell("top1" if key == "val_top1" else key, entry[key]) or "-" for key in HEADS]
+    return [*written, "best" if entry["best"] else ""]
+
+
+def build_head_table(heads: list[dict[str, Any]]) -> Table:
+    """A probe bank on the terminal, the best head first."""
+    table = Table(*HEADS, "", title="probe bank, by validation")
+    order = sorted(heads, key=lambda entry: (not entry["best"], -(entry["val_top1"] or 0.0), entry["head"]))
+    for entry in order:
+        table.add_row(*head_cells(entry))
+    return table
+
+
 def write_page(run: Path) -> Path:
     """`report.md` and `report.png` in the run's folder: numbers, curves, settings, environment."""
     found = read_run(run)
@@ -141,6 +160,9 @@ def write_page(run: Path) -> Path:
         lines += ["![Loss, validation, learning rate and memory by step](report.png)", ""]
     if "memory" in known:
         lines += ["## Memory", "", *describe_memory(known["memory"]), ""]
+    if "heads" in known:
+        lines += ["## Heads", "", row(*HEADS, ""), row(*["---"] * (len(HEADS) + 1))]
+        lines += [row(*head_cells(entry)) for entry in known["heads"]] + [""]
     if "per_class" in known:
         lines += ["## Classes", "", "| class | clips | correct | accuracy |", "| --- | --- | --- | --- |"]
         for entry in known["per_class"]:
