@@ -33,6 +33,8 @@ FOLDS: tuple[tuple[int, ...], ...] = ((14, 15, 16, 17), (1, 2, 3), (4, 5, 6), (7
 """Serials of the recordings that each fold tests on."""
 CLIP = ("--clip.size", "112", "--clip.resize", "128", "--clip.no-flip")  # left and right are classes
 CHANCE, DRAWS = 0.1, 10_000
+Correct = dict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]]
+"""By arm and frames: whether each clip was right [seeds, clips], in order and shuffled."""
 PENALTIES = (0.01, 0.1, 1.0)
 """Of the logistic regressions: the best on the test clips counts, to their advantage."""
 
@@ -94,7 +96,7 @@ def main(arguments: Arguments) -> None:
     waves = [[arm for arm in ARMS if arm.after is None], [arm for arm in ARMS if arm.after is not None]]
     for wave in waves:
         run_all(arguments, wave)
-    correct = {(arm.name, arm.frames): read_correct(arguments, arm) for arm in ARMS}
+    correct: Correct = {(arm.name, arm.frames): read_correct(arguments, arm) for arm in ARMS}
     correct |= {key: (values[None], None) for key, values in regress(arguments).items()}
     rows = list(build_rows(correct, serials))
     settings = {"folds": FOLDS, "clip": " ".join(CLIP), "preset": "small", "chance": CHANCE, "penalties": PENALTIES}
@@ -250,9 +252,7 @@ def read_vectors(arguments: Arguments, arm: Arm) -> tuple[np.ndarray, np.ndarray
     return vectors.float().numpy(), np.array([clip.label for clip in manifest.clips])
 
 
-def build_rows(
-    correct: dict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]], serials: np.ndarray
-) -> Iterator[dict[str, Any]]:
+def build_rows(correct: Correct, serials: np.ndarray) -> Iterator[dict[str, Any]]:
     """A row for each arm: accuracies with 95 % intervals, and the difference to the best logistic regression."""
     logistic = {key: right for key, (right, _) in correct.items() if key[0].startswith("logistic")}
     best = max(logistic.values(), key=np.mean)
