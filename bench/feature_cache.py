@@ -1,7 +1,8 @@
 """An epoch of stage 2 from a cache of the tower's vectors, by one without: `python -m bench.feature_cache`.
 
 `bigvivit train` as its users start it, on generated clips, decoding included: a run without a cache, then one that
-fills a cache in its first epoch and reads it in the others. Runs are kept as they come, and an interrupted bench goes on.
+fills a cache in its first epoch and reads it in the others. Runs are kept as they come, and an interrupted bench goes
+on.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def train(arguments: Arguments, name: str, *words: object) -> None:
     if (out / "checkpoint.json").exists():
         return
     common = ["--out", out, "--data.train", arguments.scratch / "demo" / "train.csv", "--data.workers", 1,
-              "--log-every", 1, "--clip.size", arguments.size, "--clip.resize", arguments.size, "--optim.warmup-epochs", 0,
-              "--save-every", 0, "--device", "cpu"]  # fmt: skip
+              "--log-every", 1, "--clip.size", arguments.size, "--clip.resize", arguments.size,
+              "--optim.warmup-epochs", 0, "--save-every", 0, "--device", "cpu"]  # fmt: skip
     command = [sys.executable, "-m", "bigvivit.train", *common, *words]
     subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
 
