@@ -2,11 +2,42 @@
 # ./launch.sh            the whole method on generated clips: stage 1, stage 2, evaluation, one table
 # ./launch.sh test       the tests
 # ./launch.sh train ...  deepspeed bigvivit/train.py ...
-# Each sets up .venv first, once. PYTHON=python3.12 chooses another interpreter.
+# Each sets up .venv first, once, with uv where it is installed, else with pip. PYTHON=python3.12 chooses another
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 fail() { echo "error: $*" >&2; exit 1; }
+
+# uv reads nothing of pip's configuration, where an internal index, a proxy or a certificate may stand.
+configure_uv() { # the interpreter whose pip is asked
+  local key value
+  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # all indexes are alike, as they are to pip
+  while IFS='=' read -r key value; do
+    value=${value#\'}; value=${value%\'}
+    value=$(printf '%b' "$value" | xargs) # lists have a line for each entry, or spaces between them
+    case ${key##*.} in
+      index-url) export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$value} ;;
+      extra-index-url) export UV_INDEX=${UV_INDEX:-$value} ;;
+      find-links) export UV_FIND_LINKS=${UV_FIND_LINKS:-${value// /,}} ;;
+      constraint) export UV_CONSTRAINT=${UV_CONSTRAINT:-$value} ;;
+      trusted-host) export UV_INSECURE_HOST=${UV_INSECURE_HOST:-$value} ;;
+      cert) export SSL_CERT_FILE=${SSL_CERT_FILE:-$value} ;;
+      proxy) export HTTPS_PROXY=${HTTPS_PROXY:-$value} ;;
+    esac
+  done < <("$1" -m pip config list 2>/dev/null)
+}
+
+install() { # interpreter, extras
+  if command -v uv >/dev/null; then
+    configure_uv "$1"
+    [ -x .venv/bin/python ] || uv venv --quiet --seed --python "$1" .venv
+    uv pip install --quiet --python .venv/bin/python --editable ".[$2]"
+  else
+    [ -x .venv/bin/python ] || "$1" -m venv .venv || fail "$1 has no working venv module: install python3-venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$2]"
+  fi || fail "installing failed, see above; an index of your own or a proxy is taken from pip's configuration (pip config list)"
+}
 
 setup() {
   local python=${PYTHON:-python3} stamp=.venv/installed extras=$1
@@ -14,9 +45,9 @@ setup() {
   [ "$(cat $stamp 2>/dev/null)" = "$wanted" ] && return
   command -v "$python" >/dev/null || fail "$python is not on PATH: install Python 3.10 or newer, or name one: PYTHON=... ./launch.sh"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: bigvivit needs Python 3.10 or newer"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "$python has no working venv module: install python3-venv"
+  [ -w . ] || fail "$PWD cannot be written, where .venv goes: copy the checkout, or pip install it into an environment of yours and call bigvivit"
   echo "installing bigvivit[$extras] into .venv (once; PyTorch is large)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+  install "$python" "$extras"
   echo "$wanted" > $stamp
 }
 
@@ -59,6 +90,7 @@ main() {
     demo) ;;
     *) fail "./launch.sh knows 'test' and 'train ...', or nothing at all; not '$1'" ;;
   esac
+  [ -w . ] || fail "$PWD cannot be written, where the demo's clips and runs go: copy the checkout"
   setup dev
   export PATH="$PWD/.venv/bin:$PATH"
   choose_ranks

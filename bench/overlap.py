@@ -59,7 +59,9 @@ class Waiting:
 
 def measure(arguments: Arguments, where: str, scratch: Path) -> dict[str, Any]:
     """Median seconds of a forward with and without fetching ahead, and of the copies alone."""
-    config = ModelConfig(tower=arguments.tower, tower_init="random", tubelet=2, temporal_depth=1)
+    config = ModelConfig(
+        tower=arguments.tower, tower_init="random", tubelet=2, temporal_depth=1, temporal_input="centred"
+    )
     clip = ClipConfig(frames=arguments.frames)
     source = assemble.open_tower(config, seed=0)
     model: nn.Module = assemble.build_model(source, config, clip, classes=2, adapter=False, seed=0)

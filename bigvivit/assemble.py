@@ -22,6 +22,7 @@ from bigvivit.model.transfer import Skipped, transfer
 from bigvivit.model.vivit import ViViT, build_vivit
 from bigvivit.model.weights import fetch_weights, open_weights, random_weights, tower_checksum
 from bigvivit.training.checkpoint import BANK, Header, read_trainables
+from bigvivit.versions import require_for_run
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,13 @@ def build_probes(
 def prepare_model(source: TowerSource, model: ModelConfig, clip: ClipConfig) -> tuple[Tower, dict[str, Any]]:
     """The tower, and what all that follows it is built by. Raises ConfigError for frames that the tower cannot take."""
     assert model.tubelet is not None
+    assert model.temporal_input is not None
     try:
         tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return tower, {"frames": clip.frames, "tubelet": model.tubelet, "droplayer": model.droplayer}
+    options = {"frames": clip.frames, "tubelet": model.tubelet, "droplayer": model.droplayer}
+    return tower, {**options, "temporal_input": model.temporal_input}
 
 
 def tower_folder(run: Path, header: Header) -> Path | None:
@@ -149,6 +152,8 @@ def load_bank(bank: ProbeBank, checkpoint: Path) -> list[Skipped]:
 def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPlan | None = None) -> ViViT:
     """A finished run's model, whole on this device, frozen and ready to evaluate; by another plan than its own, if one
     is given."""
+    plan = plan or evaluation_plan(header)
+    require_for_run(storage=plan.storage)
     source = open_run_tower(run, header)
     model = build_model(
         source, header.model, header.clip, classes=len(header.classes), adapter=header.stage == 2, seed=header.seed
@@ -156,7 +161,7 @@ def load_run(run: Path, header: Header, device: torch.device, *, plan: MemoryPla
     if skipped := load_trained(model, run, header):
         names = ", ".join(entry.name for entry in skipped)
         raise ConfigError(f"{run} does not hold the model its header describes ({names}): train the stage again")
-    apply_plan(model, plan or evaluation_plan(header), frozen=True, fill=source.fill, device=device)
+    apply_plan(model, plan, frozen=True, fill=source.fill, device=device)
     return model.eval()
 
 

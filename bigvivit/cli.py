@@ -14,6 +14,7 @@ from bigvivit.config import ConfigError, EvalConfig
 from bigvivit.memory.ranks import tell_once
 from bigvivit.training.checkpoint import CANNOT_WRITE
 from bigvivit.training.stop import STOPPED
+from bigvivit.versions import require
 
 SHOWN_CLASSES, SHOWN_FAILURES = 20, 10
 
@@ -32,6 +33,7 @@ def main() -> None:
         "report": (report, "a page with curves of each run, and one table of all"),
         "replay": (replay, "what GPU memory fragmentation cost, from a memory snapshot"),
         "demo": (demo, "write the demo's clips"),
+        "doctor": (doctor, "what this machine has, and what is missing for what"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -222,6 +224,7 @@ def report(argv: list[str]) -> None:
         return runs
 
     runs = tyro.cli(arguments, args=argv, prog="bigvivit report")
+    require("pictures of runs", "matplotlib")
     if not runs:
         raise ConfigError("no run is given: name the folder of at least one")
 
@@ -249,6 +252,13 @@ def demo(argv: list[str]) -> None:
     from bigvivit.data.demo import main as demo_main
 
     demo_main(argv)
+
+
+def doctor(argv: list[str]) -> None:
+    """`bigvivit doctor`; exit code 1 where the main job would fail."""
+    from bigvivit.commands.doctor import doctor as doctor_main
+
+    doctor_main(argv)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ class ModelConfig:
     """Frames per tubelet, the temporal extent of the patch kernel [default: 2, as in ViViT]."""
     temporal_depth: int | None = None
     """Layers of the temporal transformer [default: 4; stage 2 infers it from stage 1's weights]."""
+    temporal_input: Literal["centred", "original"] | None = None
+    """What the temporal transformer sees: how the frame vectors of a clip change, at unit size, with their mean apart,
+    or, as in the original, the vectors as they are [default: centred]."""
     droplayer: float = 0.0
     """Stochastic depth: rate of the deepest block of each transformer, growing linearly from 0 (paper, Table 7)."""
 
@@ -59,8 +62,14 @@ class ClipConfig:
 
     frames: int
     """Frames per clip."""
-    stride: int = 2
-    """Distance between two frames of a clip, in frames of the video."""
+    stride: int | None = None
+    """Distance between two frames of a clip, in frames of the video, from a random start (the paper's sampling).
+    Without it and without `fps`, a clip spans the whole video: one frame of each of `frames` equal parts."""
+    fps: float | None = None
+    """Frames of a clip per second of the video, from a random start: the same motion at any frame rate."""
+    short: Literal["spread", "loop"] = "spread"
+    """What becomes of a video that is shorter than a clip by `stride` or `fps`: its frames are spread evenly over the
+    clip, or it begins again, as in the original."""
     size: int = 224
     """Side of the square crop the tower sees, in pixels."""
     resize: int = 256
@@ -74,8 +83,12 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "size", "resize"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"clip.{name}={getattr(self, name)} must be at least 1")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ConfigError(f"clip.fps={self.fps} is not a number of frames per second above 0")
+        if self.fps is not None and self.stride is not None:
+            raise ConfigError(f"clip.stride={self.stride} and clip.fps={self.fps} both set a distance: leave one out")
         if self.resize < self.size:
             raise ConfigError(
                 f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "
@@ -137,12 +150,26 @@ class OptimConfig:
     """sgd has momentum 0.9; the 8-bit ones are those of bitsandbytes, which keep a quarter of the state."""
     lr: float = 0.1
     """Peak learning rate."""
+    tower_lr: float | None = None
+    """Peak learning rate of the tower, in stage 1 [default: lr]."""
+    adapter_lr: float | None = None
+    """Peak learning rate of the adapter, in stage 2 [default: lr]."""
+    temporal_lr: float | None = None
+    """Peak learning rate of the temporal transformer [default: lr]."""
+    head_lr: float | None = None
+    """Peak learning rate of the head [default: lr]."""
+    layer_decay: float = 1.0
+    """Factor on the tower's learning rate from each of its layers to the one below, in stage 1; 1 trains all alike."""
     weight_decay: float = 0.0
-    """Not applied to biases, norms, position embeddings and CLS tokens."""
+    """Decay of the matrices of linear layers and convolutions; never of norms, biases, positions, tokens and probes."""
     epochs: float = 30.0
     """Passes over the training manifest; fractions are allowed."""
     warmup_epochs: float = 2.5
     """Epochs of linear warm-up before the cosine."""
+    steps: int | None = None
+    """Optimizer steps of the whole run, in place of `epochs`."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up, in place of `warmup_epochs` [default with `steps`: a twelfth of them]."""
     batch_size: int = 128
     """Clips per optimizer step, over all ranks and accumulated micro-batches."""
     accumulate: int = 1
@@ -151,24 +178,53 @@ class OptimConfig:
     """Greatest norm of the whole gradient; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the trained weights that is validated and kept in their place; its
+    window grows with the first steps. 0 keeps the weights themselves."""
+    patience: int = 0
+    """Validations in a row without a better top-1 after which training ends, its best checkpoint kept; 0 never ends
+    early."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("lr", "tower_lr", "adapter_lr", "temporal_lr", "head_lr", "epochs"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number above 0")
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "accumulate", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 1")
+        for name in ("warmup_steps", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"optim.ema={self.ema} is a decay: give a number from 0 to below 1, 0.999 for instance")
         for name in ("weight_decay", "warmup_epochs", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number from 0")
-        if self.warmup_epochs >= self.epochs:
+        if self.steps is None and self.warmup_steps is None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs={self.warmup_epochs} leaves nothing of optim.epochs={self.epochs}: "
                 f"give fewer warm-up epochs, {self.epochs / 12:.3g} for instance"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"optim.label_smoothing={self.label_smoothing} must be from 0 to below 1")
+
+    def count_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, at least one."""
+        return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
+
+    def count_warmup(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of warm-up. Raises ConfigError where `warmup_steps` leaves nothing of the run."""
+        steps = self.count_steps(steps_per_epoch)
+        if self.warmup_steps is not None and self.warmup_steps >= steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.warmup_steps} leaves nothing of the run's {steps} steps: give fewer, "
+                f"{steps // 12} for instance"
+            )
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return steps // 12 if self.steps is not None else round(self.warmup_epochs * steps_per_epoch)
 
     @property
     def eight_bit(self) -> bool:
@@ -222,7 +278,7 @@ class TrainConfig:
     """Train one stage: stage 1 trains everything on few frames, stage 2 trains on many above a frozen tower."""
 
     stage: Literal[1, 2]
-    """1: the whole model. 2: adapter, temporal transformer and head, starting from stage 1."""
+    """1: the whole model. 2: adapter, temporal transformer and head above a frozen tower, starting from stage 1."""
     out: Path
     """Folder of the run: configuration, metrics and checkpoint are written there."""
     clip: ClipConfig
@@ -232,9 +288,10 @@ class TrainConfig:
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     init_from: Path | None = None
-    """Run folder of stage 1; required in stage 2."""
+    """Run folder of stage 1, from which stage 2 starts; without it, stage 2 trains on `model.tower` as published."""
     ds: Path | None = None
-    """DeepSpeed configuration (JSON). Without it and without fsdp, every rank holds the whole model."""
+    """DeepSpeed configuration: a JSON file, or `zero2`, `zero3` or `zero3_offload`, which come with this package.
+    Without it and without fsdp, every rank holds the whole model."""
     fsdp: bool = False
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -266,19 +323,42 @@ class TrainConfig:
         if self.fsdp and self.optim.eight_bit:
             raise ConfigError(
                 f"optim.name={self.optim.name} under fsdp: bitsandbytes cannot update FSDP2's sharded parameters; "
-                f"take --optim.name {self.optim.name.removesuffix('8bit')}, or --ds ds_configs/zero3.json"
+                f"take --optim.name {self.optim.name.removesuffix('8bit')}, or --ds zero3"
             )
-        if self.stage == 2 and self.init_from is None:
-            raise ConfigError("stage=2 needs init_from: give --init-from the run folder of a finished stage 1")
+        if self.stage == 2 and self.init_from is None and self.model.tower is None:
+            raise ConfigError(
+                "stage=2 needs init_from: give --init-from the run folder of a finished stage 1, or --model.tower to "
+                "train on an image tower as it was published"
+            )
         if self.stage == 1 and self.init_from is not None:
             raise ConfigError(f"init_from={self.init_from} is for stage 2: leave it out, or give --stage 2")
-        if self.stage == 1:
-            if self.model.tower is None:
-                raise ConfigError(
-                    "model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>"
-                )
+        if self.stage == 1 and self.model.tower is None:
+            raise ConfigError("model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>")
+        check_optim(self)
+        if self.init_from is None:
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
             check_frames(self.clip.frames, self.model.tubelet)
+
+
+def check_optim(config: TrainConfig) -> None:
+    """Raise for settings of the optimizer that this stage, or what shards it, has no use for."""
+    optim = config.optim
+    if config.stage == 2 and (optim.tower_lr is not None or optim.layer_decay != 1):
+        raise ConfigError(
+            f"optim.tower_lr={optim.tower_lr}, optim.layer_decay={optim.layer_decay}: both are for stage 1, "
+            f"as stage 2 does not train the tower; leave them out"
+        )
+    if config.stage == 1 and optim.adapter_lr is not None:
+        raise ConfigError(f"optim.adapter_lr={optim.adapter_lr} is for stage 2: stage 1 has no adapter; leave it out")
+    if optim.ema and config.ds is not None:
+        raise ConfigError(
+            f"optim.ema={optim.ema} under ds={config.ds}: DeepSpeed keeps trained weights in a form of its own; "
+            f"leave it out, or shard with --fsdp"
+        )
+    if optim.patience and (config.data.val is None or config.save_every == 0):
+        raise ConfigError(
+            f"optim.patience={optim.patience} counts validations: give --data.val, and --save-every above 0"
+        )
 
 
 def check_cache(config: TrainConfig) -> None:
@@ -336,7 +416,7 @@ def check_memory(plan: MemoryPlan, stage: int) -> None:
             )
 
 
-MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4)
+MODEL_DEFAULTS = ModelConfig(tower_init="pretrained", tubelet=2, temporal_depth=4, temporal_input="centred")
 
 
 def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelConfig:

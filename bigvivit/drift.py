@@ -15,6 +15,7 @@ from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.training.checkpoint import HEADER, read_header
 from bigvivit.units import Storage
+from bigvivit.versions import require
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,8 @@ class Passage:
 
 def measure_drift(config: DriftConfig) -> dict[str, Any]:
     """What `bigvivit drift` writes: a row per form. The vectors of all clips are kept in memory. Raises ConfigError."""
+    require("reading videos", "av", "torchvision")
+    require("drift, which stores towers in int8 and nf4,", "bitsandbytes")
     run = Path(config.source) if (Path(config.source) / HEADER).exists() else None
     out = config.out or (run or Path()) / "drift.json"
     if not out.absolute().parent.is_dir():
@@ -121,7 +124,9 @@ def open_bare_tower(config: DriftConfig, device: torch.device) -> tuple[Loader, 
     from bigvivit import assemble
     from bigvivit.memory.apply import apply_plan
 
-    model_config = ModelConfig(tower=config.source, tower_init="pretrained", tubelet=1, temporal_depth=1)
+    model_config = ModelConfig(
+        tower=config.source, tower_init="pretrained", tubelet=1, temporal_depth=1, temporal_input="centred"
+    )
     manifest = read_manifest(config.manifest)
     try:
         source = assemble.open_tower(model_config, seed=0)

@@ -18,6 +18,7 @@ from bigvivit.config import ConfigError, EvalConfig
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ranks import gather_over_ranks, rank_and_world, start_process_group
 from bigvivit.training.checkpoint import Header, read_header
+from bigvivit.versions import require
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,8 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
 
     Returns what was written, on rank 0; elsewhere nothing. Raises ConfigError, for all runs before the first starts.
     """
+    require("reading videos", "av", "torchvision")
+    require("evaluating", "torchmetrics", "matplotlib")
     runs = [(run, header := read_header(run), read_manifest(config.manifest, header.classes)) for run in config.runs]
     for run in config.runs:
         if not os.access(run, os.W_OK):

@@ -60,6 +60,7 @@ def describe_step(job: Job, device: torch.device) -> Trial:
     assert config.model.tower is not None
     assert config.model.tubelet is not None
     assert config.model.temporal_depth is not None
+    assert config.model.temporal_input is not None
     types = {"compute": dtype_name(compute_dtype(plan, device)), "autocast": dtype_name(autocast_dtype(plan, device))}
     return Trial(
         stage=config.stage,
@@ -68,6 +69,7 @@ def describe_step(job: Job, device: torch.device) -> Trial:
         size=config.clip.size,
         tubelet=config.model.tubelet,
         temporal_depth=config.model.temporal_depth,
+        temporal_input=config.model.temporal_input,
         droplayer=config.model.droplayer,
         clips=job.micro_batch,
         accumulate=config.optim.accumulate,

@@ -23,6 +23,7 @@ from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.units import DType, format_bytes, parse_bytes
+from bigvivit.versions import require_for_run
 
 if TYPE_CHECKING:
     from bigvivit.forecast.card import Verdict
@@ -67,7 +68,7 @@ class PlanConfig:
     cached: bool = False
     """Forecast a step whose vectors training's `--data.cache` holds: the tower is there, and does not run."""
     ds: Path | None = None
-    """DeepSpeed configuration: ZeRO 1 to 3."""
+    """DeepSpeed configuration, a JSON file, or `zero2`, `zero3` or `zero3_offload`: ZeRO 1 to 3."""
     fsdp: bool = False
     """Shard with FSDP2."""
     without: tuple[Literal["attention", "foreach", "in-place", "workspaces"], ...] = ()
@@ -90,7 +91,7 @@ class PlanConfig:
         if self.fsdp and self.optimizer.endswith("8bit"):
             raise ConfigError(
                 f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
-                f"parameters; take {self.optimizer.removesuffix('8bit')}, or ds_configs/zero3.json"
+                f"parameters; take {self.optimizer.removesuffix('8bit')}, or zero3"
             )
         for name in ("timeline", "snapshot"):
             path = getattr(self, name)
@@ -119,6 +120,7 @@ def plan(config: PlanConfig) -> None:
     batch_size = config.clips * config.ranks
     optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0)
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
+    require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
     from bigvivit.forecast.card import judge, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead

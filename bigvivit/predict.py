@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from bigvivit.config import ConfigError
 from bigvivit.data.manifest import Clip, Manifest
 from bigvivit.training.checkpoint import read_header
+from bigvivit.versions import require
 
 VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv"}
 """Endings of the files that are taken from a folder; a file given by name may have any."""
@@ -59,6 +60,7 @@ class Prediction:
 
 def predict(config: PredictConfig) -> Iterator[Prediction]:
     """Softmax of the mean of logits over views and crops, for each file in turn. Raises ConfigError."""
+    require("reading videos", "av", "torchvision")
     header = read_header(config.run)
     paths = find_videos(config.paths)
 

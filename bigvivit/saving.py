@@ -41,9 +41,10 @@ class Saver:
         classes: tuple[str, ...],
         *,
         zero_stage: int,
+        clip_seconds: float | None,
     ) -> None:
         self.config, self.engine, self.source, self.pieces, self.classes = config, engine, source, pieces, classes
-        self.zero_stage, self.best_head = zero_stage, 0
+        self.zero_stage, self.clip_seconds, self.best_head = zero_stage, clip_seconds, 0
         self.heads = config.probe.heads(config.optim, config.model)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
@@ -62,10 +63,12 @@ class Saver:
 
     def write_checkpoint(self, folder: Path, step: int, scores: dict[str, float] | None) -> None:
         """The model as a finished stage leaves it, and what training needs besides."""
-        self.write_model(folder, scores)
-        if self.heads:
-            self.write_bank(folder)
-        optimizer_state, random = self.engine.gather_optimizer(), gather_random(self.rank, self.world)
+        with self.engine.averaged():  # the optimizer's state then holds the weights themselves
+            self.write_model(folder, scores)
+            if self.heads:
+                self.write_bank(folder)
+            optimizer_state = self.engine.gather_optimizer()
+        random = gather_random(self.rank, self.world)
         if self.rank == 0:
             write_progress(
                 folder,
@@ -93,7 +96,8 @@ class Saver:
                 if best is not None:
                     summary |= {"best_checkpoint": str(best[0].relative_to(out)), "best_val_top1": best[1]}
                 (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self.write_model(out, scores)
+            with self.engine.averaged():
+                self.write_model(out, scores)
             if self.rank == 0:
                 drop_checkpoints(out, but=best[0] if best else None)
 
@@ -135,6 +139,7 @@ class Saver:
                 memory=config.memory,
                 classes=self.classes,
                 seed=config.seed,
+                clip_seconds=self.clip_seconds,
                 tower_folder=None if folder is None else os.path.relpath(folder, out),
                 tower_checksum=checksum,
             )

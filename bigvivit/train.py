@@ -31,6 +31,7 @@ from bigvivit.training.progress import (
 )
 from bigvivit.training.report import describe_run
 from bigvivit.training.stop import STOPPED, StopSignal
+from bigvivit.versions import require, require_for_run
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,8 @@ class Job:
     micro_batch: int
     init: tuple[Path, Header] | None
     """Where the weights come from, if not from where they were published: a checkpoint, or the stage before."""
+    stage1_seconds: float | None
+    """What a clip of stage 1 spans, if training starts from one."""
     progress: Progress | None
     """Of the checkpoint to go on from."""
 
@@ -87,6 +90,8 @@ class Job:
 def prepare(config: TrainConfig) -> Job:
     """Find what can be wrong before torch is imported. Raises ConfigError."""
     rank, world = rank_and_world()
+    require("reading videos", "av", "torchvision")
+    require_for_run(ds=config.ds, optimizer=config.optim.name, storage=config.memory.storage)
     check_out(config.out)
     checkpoints = list_checkpoints(config.out)
     if checkpoints and not config.resume:
@@ -107,20 +112,22 @@ def prepare(config: TrainConfig) -> Job:
     val = read_manifest(config.data.val, manifest.classes) if config.data.val else None
     micro_batch = micro_batch_size(config.optim, world)
     ds = read_ds_json(config.ds, config.optim, world) if config.ds else None
-    if len(manifest.clips) // world // micro_batch // config.optim.accumulate == 0:
+    steps_per_epoch = len(manifest.clips) // world // micro_batch // config.optim.accumulate
+    if steps_per_epoch == 0:
         raise ConfigError(
             f"optim.batch_size={config.optim.batch_size} is more than the {len(manifest.clips)} clips of "
             f"{config.data.train}: give a smaller one"
         )
+    config.optim.count_warmup(steps_per_epoch)
     if val is not None and len(val.clips) < world:
         raise ConfigError(
             f"data.val={config.data.val} holds {len(val.clips)} clips for {world} ranks: give each at least one"
         )
-    progress = None
+    progress, stage1_seconds = None, init[1].clip_seconds if init else None
     if checkpoints:
         progress = read_progress(checkpoints[0], config, world=world, zero_stage=zero_stage(ds))
         init = checkpoints[0], read_header(checkpoints[0])
-    return Job(config, rank, world, manifest, val, ds, micro_batch, init, progress)
+    return Job(config, rank, world, manifest, val, ds, micro_batch, init, stage1_seconds, progress)
 
 
 def check_out(out: Path) -> None:
@@ -234,6 +241,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.data.cached import build_view_loader
     from bigvivit.data.errors import DecodeError
     from bigvivit.data.loader import build_eval_loader, build_train_loader
+    from bigvivit.data.span import describe_span, measure_span
     from bigvivit.memory.freeze import count_parameters, describe_frozen
     from bigvivit.memory.measure import greatest, measure_peaks
     from bigvivit.memory.parallel import build_engine
@@ -242,7 +250,8 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.training.bank import build_bank_optimizer, head_table
     from bigvivit.training.failed_clips import Failures, TooManyFailuresError
     from bigvivit.training.metrics import MetricsLog
-    from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
+    from bigvivit.training.optim import build_optimizer, build_scheduler
+    from bigvivit.training.patience import resume_patience
     from bigvivit.training.state import restore_random, restore_scheduler
     from bigvivit.training.summary import build_head_table
     from bigvivit.training.tower_pass import TowerPass
@@ -263,7 +272,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, shuffle_frames=False, **ranks
         )
     steps_per_epoch = len(loader) // config.optim.accumulate
-    steps = total_steps(config.optim, steps_per_epoch)
+    steps = config.optim.count_steps(steps_per_epoch)
     heads = config.probe.heads(config.optim, config.model)
     if heads:
         optimizer = build_bank_optimizer(model, heads, config.optim)
@@ -294,6 +303,9 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         loader = cache.train(loader, tower, epochs=config.optim.epochs)
         if val_loader is not None:
             val_loader = cache.evaluation(val_loader, tower, views=1, crops=1)
+    span = measure_span(config.clip, job.manifest.clips) if rank == 0 else None
+    if span is not None:
+        log.info(describe_span(span, config.clip, before=job.stage1_seconds))
     first_step = 0
     if job.progress is not None:
         assert job.init is not None
@@ -309,7 +321,15 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
         (config.out / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
         metrics = MetricsLog(config.out / "metrics.jsonl", steps, f"stage {config.stage}", first_step)
 
-    saver = Saver(config, engine, source, pieces, job.manifest.classes, zero_stage=zero_stage(job.ds))
+    saver = Saver(
+        config,
+        engine,
+        source,
+        pieces,
+        job.manifest.classes,
+        zero_stage=zero_stage(job.ds),
+        clip_seconds=span.seconds if span is not None else None,
+    )
     paths = [clip.path for clip in job.manifest.clips]
     out = config.out if rank == 0 else None
     failures = Failures(paths, config.data.max_failed, out, resume=job.progress is not None)
@@ -328,8 +348,9 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
             save=saver.checkpoint,
             stop=stop.after,
             val_loader=val_loader,
+            patience=resume_patience(config.optim.patience, config.out, first_step, config.save_every),
         )
-        if result.steps < steps:
+        if result.asked_to_stop:
             log.info("stopped after step %d of %d, as asked: --resume goes on", result.steps, steps)
             return False
         peaks = measure_peaks(device)

@@ -56,6 +56,7 @@ class Trial:
     size: int = 224
     tubelet: int = 2
     temporal_depth: int = 4
+    temporal_input: Literal["centred", "original"] = "centred"
     droplayer: float = 0.0
     clips: int = 1
     """Clips of a rank's micro-batch."""
@@ -105,6 +106,7 @@ def build_trial(
         tower_init="random",
         tubelet=trial.tubelet,
         temporal_depth=trial.temporal_depth,
+        temporal_input=trial.temporal_input,
         droplayer=trial.droplayer,
     )
     clip = ClipConfig(frames=trial.frames, size=trial.size, resize=trial.size)

@@ -26,11 +26,12 @@ def test_help_names_every_command() -> None:
         "report",
         "replay",
         "demo",
+        "doctor",
     ]
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "plan", "drift", "towers", "check", "report", "replay", "demo"]
+    "command", ["train", "eval", "predict", "plan", "drift", "towers", "check", "report", "replay", "demo", "doctor"]
 )
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
@@ -41,7 +42,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    known = "train, eval, predict, plan, drift, towers, check, report, replay, demo"
+    known = "train, eval, predict, plan, drift, towers, check, report, replay, demo, doctor"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 

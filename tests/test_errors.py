@@ -328,7 +328,9 @@ def test_random_settings_are_accepted_or_refused(folder: Path, chosen: tuple[tup
 def test_random_models_are_built_or_refused(size: int, tubelet: int, tubelets: int, depth: int, classes: int) -> None:
     from bigvivit import assemble
 
-    model = ModelConfig(tower="vit-demo", tower_init="random", tubelet=tubelet, temporal_depth=depth)
+    model = ModelConfig(
+        tower="vit-demo", tower_init="random", tubelet=tubelet, temporal_depth=depth, temporal_input="centred"
+    )
     clip = ClipConfig(frames=tubelet * tubelets, size=size, resize=200)
     source = assemble.open_tower(model, seed=0)
     built, message = attempt(lambda: assemble.build_model(source, model, clip, classes=classes, adapter=True, seed=0))

@@ -29,18 +29,21 @@ ANYTHING = {
     "trial",
     "trial_run",
     "testing",
+    "machine",
+    "commands",
 }
 MAY_IMPORT = {
     "__init__": set(),
     "units": set(),
+    "versions": {"config", "__version__"},
     "memory.plan": {"units"},
     "config": {"units", "memory.plan"},
     "recipes": {"config"},
-    "model": {"model", "units"},
-    "memory": {"memory", "units", "config"},
-    "training": {"training", "units", "config", "memory"},
-    "forecast": {"forecast", "memory", "training.step", "config", "units"},
-    "data": {"data", "units", "config", "__version__"},
+    "model": {"model", "units", "versions"},
+    "memory": {"memory", "units", "config", "versions"},
+    "training": {"training", "units", "config", "memory", "versions"},
+    "forecast": {"forecast", "memory", "training.step", "config", "units", "versions"},
+    "data": {"data", "units", "config", "versions", "__version__"},
 }
 OUTSIDE_ONLY_IN = {"deepspeed": {"memory.zero"}, "torch.distributed.fsdp": {"memory.fsdp"}}
 FILES = sorted((ROOT / "bigvivit").rglob("*.py"))
@@ -71,7 +74,7 @@ def faults(module: str, names: set[str]) -> list[str]:
             if f"{name}.".startswith(f"{package}.") and module not in homes:
                 found.append(f"{module} imports {name}, which only {homes} may")
         top, _, inner = name.partition(".")
-        if top in ("bench", "tests"):
+        if top in ("bench", "tests") or (inner.startswith("commands") and module != "cli"):
             found.append(f"{module} imports {name}")
         if top == "bigvivit" and module.partition(".")[0] not in ANYTHING:
             allowed = MAY_IMPORT.get(module) or MAY_IMPORT[module.partition(".")[0]]
@@ -94,6 +97,8 @@ def test_the_rule_sees_a_fault() -> None:
     assert faults("forecast.replay", {"bigvivit.training.loop.train"})
     assert not faults("forecast.replay", {"bigvivit.training.step.train_step", "bigvivit.units.MiB"})
     assert not faults("train", {"bigvivit.model.vivit.ViViT"})
+    assert faults("machine", {"bigvivit.commands.doctor.Finding"})
+    assert not faults("cli", {"bigvivit.commands.doctor.doctor"})
 
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -128,6 +133,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
+WITHOUT_TORCH += ["bigvivit.versions", "bigvivit.machine", "bigvivit.commands.doctor", "bigvivit.data.demo"]
 WITHOUT_TORCH += ["bigvivit.testing"]  # a plugin: every run of pytest that names it imports it
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 

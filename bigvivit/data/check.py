@@ -20,6 +20,7 @@ from bigvivit.data.errors import DecodeError
 from bigvivit.data.manifest import Faults, raise_faults, read_label, read_rows, read_seconds
 from bigvivit.data.pool import Pool
 from bigvivit.data.sampling import clip_span
+from bigvivit.versions import require
 
 SMALL_SIDE, LONG_RATIO = 64, 4
 CHUNK_BYTES = 256 << 20
@@ -38,8 +39,8 @@ class CheckConfig:
     """Processes that decode."""
     frames: int | None = None
     """Frames per clip in training: reports what is shorter."""
-    stride: int = 2
-    """Distance between two frames of a clip."""
+    stride: int = 1
+    """Distance between two frames of a clip; 1 where training is given neither a stride nor frames per second."""
     decode: Literal["all", "ends"] = "all"
     """Every frame, or only the first, the middle and the last."""
     time_limit: float = 600.0
@@ -68,6 +69,7 @@ class Row:
 
 def check(config: CheckConfig) -> dict[str, Any]:
     """Scan, write the clean manifest and both reports, and return the report. Raises ConfigError."""
+    require("reading videos", "av")
     folder = config.out or config.manifest.parent
     rows = read_for_check(config.manifest)
     try:

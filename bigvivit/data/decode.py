@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import av
-import decord
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigvivit.data.errors import DecodeError
+from bigvivit.versions import minor
 
-decord.logging.set_level(decord.logging.QUIET)
+try:
+    import decord
+except (ImportError, OSError):  # it has no wheel for every machine, and may lack its libraries
+    decord = None
+else:
+    decord.logging.set_level(decord.logging.QUIET)
 av.logging.set_level(av.logging.PANIC)
+LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if minor(av.__version__) < (19, 0) else {}
+"""Titles and the like in another encoding are no reason not to read a file. PyAV 19 has no such setting any more."""
 
 EXACT_SEEK = ("mov", "matroska", "flv")
 """Containers in which decord and torchcodec find frames by seeking; in AVI, ASF, MPEG-PS and -TS they do not always."""
@@ -111,7 +118,7 @@ class open_container:  # noqa: N801
         if not self.path.is_file():  # of a pipe, opening would wait for a writer
             raise DecodeError(f"{self.path} cannot be opened as a video: not a file")
         try:
-            self.container = av.open(str(self.path), metadata_errors="ignore")
+            self.container = av.open(str(self.path), **LENIENT)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise DecodeError(f"{self.path} cannot be opened as a video: {first_line(error)}") from None
         streams = self.container.streams.video
@@ -246,8 +253,10 @@ class TorchcodecReader:
             raise DecodeError(f"{self.path} cannot be decoded: {first_line(error)}") from None
 
 
-DECODERS: tuple[Callable[[Path, FrameIndex], VideoReader], ...] = (DecordReader, PyAVReader, TorchcodecReader)
-"""In the order they are tried. PyAV comes before torchcodec, as it is always there: all machines get the same."""
+DECODERS: tuple[Callable[[Path, FrameIndex], VideoReader], ...] = (
+    *((DecordReader,) if decord is not None else ()), PyAVReader, TorchcodecReader
+)  # fmt: skip
+"""In the order they are tried. PyAV comes before torchcodec, as it is always there. Frames are the same by all."""
 
 
 def open_video(path: Path) -> VideoReader:

@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import tyro
 from rich.console import Console
@@ -22,6 +22,10 @@ from rich.progress import track
 
 from bigvivit import __version__
 from bigvivit.config import ConfigError
+from bigvivit.versions import require
+
+if TYPE_CHECKING:
+    import av
 
 MOTIONS = (("right", "left"), ("down", "up"), ("approach", "recede"), ("clockwise", "anticlockwise"))
 """A motion as it is drawn, and what the same frames show in reversed order."""
@@ -37,7 +41,7 @@ MARKER = "demo.json"
 class DemoConfig:
     """Write the demo's clips, with a manifest for training and one for evaluation. A second call reuses them."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path] = Path("data/demo")
     """Where to; made if it is not there."""
     train_clips: int = 1200
     """Clips to train on, a multiple of the eight classes."""
@@ -65,6 +69,7 @@ def write_demo(config: DemoConfig) -> None:
 
     Raises ConfigError for a folder with anything else in it, which is left as it is.
     """
+    require("writing videos", "av")
     folder, marker = config.folder, config.folder / MARKER
     settings = {**asdict(config), "folder": None, "version": __version__}
     splits = {"train": config.train_clips, "val": config.val_clips}
@@ -177,6 +182,8 @@ def draw_background(generator: np.random.Generator) -> np.ndarray:
 
 def encode(path: Path, frames: np.ndarray, rate: int) -> None:
     """Write frames uint8 [n, h, w, 3] as H.264, each coded by itself."""
+    import av
+
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=rate, options=CODEC)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -186,6 +193,8 @@ def encode(path: Path, frames: np.ndarray, rate: int) -> None:
 
 def packets(stream: av.VideoStream, frames: np.ndarray) -> Iterator[av.Packet]:
     """Every packet of a stream, with what the encoder still holds at the end."""
+    import av
+
     for frame in frames:
         yield from stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
     yield from stream.encode(None)

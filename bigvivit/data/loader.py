@@ -18,11 +18,11 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from bigvivit.config import TIME_LIMIT, ClipConfig
 from bigvivit.data.augment import augment, crop_views
-from bigvivit.data.decode import VideoReader, open_video
+from bigvivit.data.decode import open_video
 from bigvivit.data.errors import DecodeError, WorkerLostError
 from bigvivit.data.manifest import Clip, Manifest
 from bigvivit.data.pool import Pool
-from bigvivit.data.sampling import random_clip, uniform_clips
+from bigvivit.data.sampling import random_frames, view_frames
 
 MAX_REPLACEMENTS = 100
 """Videos tried in place of one that cannot be read: when all of these fail too, something else is wrong."""
@@ -50,13 +50,13 @@ class Batch:
     """What each clip was asked for as: a sampler's item, or its replacement."""
 
 
-def window(video: VideoReader, clip: Clip) -> range:
-    """The frame numbers between a clip's start and end, by the video's mean frame rate.
+def window(count: int, fps: float, clip: Clip) -> range:
+    """The frame numbers between a clip's start and end, of a video of so many frames, by its mean frame rate.
 
     Annotations often run a little past their video: an end is cut to it, and a start past it leaves the last frame.
     """
-    first = 0 if clip.start is None else min(round(clip.start * video.fps), len(video) - 1)
-    last = len(video) if clip.end is None else min(round(clip.end * video.fps), len(video))
+    first = 0 if clip.start is None else min(round(clip.start * fps), count - 1)
+    last = count if clip.end is None else min(round(clip.end * fps), count)
     return range(first, max(last, first + 1))
 
 
@@ -108,8 +108,8 @@ class TrainClips(Dataset[Sample]):
         source = self.clips[index]
         generator = self.generator(item)
         video = open_video(source.path)  # here, in the worker: decord's readers do not cross processes
-        frames = window(video, source)
-        chosen = random_clip(len(frames), self.clip.frames, self.clip.stride, generator)
+        frames = window(len(video), video.fps, source)
+        chosen = random_frames(len(frames), video.fps, self.clip, generator)
         clip = augment(video.read([frames[i] for i in chosen]), self.clip, generator)
         return clip, source.label, index, video.decoder
 
@@ -147,9 +147,9 @@ class EvalClips(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         source = self.clips[index]
         video = open_video(source.path)
-        frames = window(video, source)
+        frames = window(len(video), video.fps, source)
         views = []
-        for number, chosen in enumerate(uniform_clips(len(frames), self.clip.frames, self.clip.stride, self.views)):
+        for number, chosen in enumerate(view_frames(len(frames), video.fps, self.clip, self.views)):
             view = crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
             if self.shuffle_frames:
                 view = view[:, shuffled_order(len(chosen), sample_generator(self.seed, index, number))]

@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from bigvivit.forecast.tracker import HOST
 from bigvivit.memory import activations, engine, placement
+from bigvivit.versions import require_known
 
 
 @contextmanager
 def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
     """Inside, tensors are fake; `host` says whether the target's memory is another than the host's."""
+    require_known("a forecast", "torch")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         # Module.to swaps a fake parameter for its new self, which fails where anything refers to it weakly.

@@ -27,6 +27,7 @@ from bigvivit.forecast.swap import find_tensors, without_memory, without_weak_re
 from bigvivit.forecast.trace import STEPS, Trace, finish, note_gradients, note_states
 from bigvivit.forecast.tracker import Tracker
 from bigvivit.forecast.undo import undone
+from bigvivit.versions import require_known
 
 
 def trace_step(
@@ -197,6 +198,7 @@ def format_value(tensor: Tensor, form: str) -> str:
 
 def new_mode() -> FakeTensorMode:
     """Tensors of the outside come in as fake ones."""
+    require_known("a forecast", "torch")
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator, Rate
@@ -21,18 +22,23 @@ EFFICIENCY_OF_PRODUCTS = (0.6, 0.4, 0.2)
 """Best, expected and worst share of the dense rate that a transformer's step reaches. Taken."""
 EFFICIENCY_OF_TRANSFERS = (0.9, 0.7, 0.4)
 """Of bandwidths and links. Taken."""
-ON_CPU = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}
-"""What fake tensors call, and whose formula holds for it."""
 
 
 def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Operations of one call, multiplications and additions apart; 0 for what is no matrix product."""
     packet = func._overloadpacket
-    formula: Any = flop_registry.get(ON_CPU.get(packet, packet))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*head_shapes(*args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(args[0].shape, *head_shapes(*args[1:4])))
+    formula: Any = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+
+
+def head_shapes(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of an attention's inputs [b, heads, n, d], keys and values with as many heads as queries: those that
+    several queries share are multiplied with each, and formulas before torch 2.14 refuse them."""
+    return [(shape[0], query.shape[1], *shape[2:]) for shape in (query.shape, key.shape, value.shape)]
 
 
 @dataclass(frozen=True, kw_only=True)

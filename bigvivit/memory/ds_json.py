@@ -69,17 +69,29 @@ OFFLOAD_KEYS = {"device": TEXT, "pin_memory": FLAG}
 """Keys of `offload_optimizer` and `offload_param`; the others of DeepSpeed are for NVMe and for its own Adam."""
 
 
+SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
+"""DeepSpeed files that come with this package and are known by their bare names: `zero3`."""
+
+
+def find_ds_json(path: Path) -> Path:
+    """The file itself or, where there is none and it is a bare name, the one that comes with this package."""
+    bare = SHIPPED / f"{path.name.removesuffix('.json')}.json"
+    return bare if not path.is_file() and path.name == str(path) and bare.is_file() else path
+
+
 def read_ds_json(path: Path, optim: OptimConfig, world: int) -> dict[str, Any]:
-    """The file with every `"auto"` filled from `optim`, ready for `deepspeed.initialize`.
+    """The file with every `"auto"` filled from `optim`, ready for `deepspeed.initialize`. Those that come with this
+    package are also known by name: `zero2`, `zero3`, `zero3_offload`.
 
     Raises ConfigError for a file that cannot be read, and one that lists every contradiction: DeepSpeed itself would
     silently take its default for an `"auto"` inside a block, and the file's value for what is said twice.
     """
     try:
-        ds = json.loads(path.read_text())
+        ds = json.loads(find_ds_json(path).read_text())
     except OSError as error:
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
         raise ConfigError(
-            f"ds={path} cannot be read ({error.strerror}): give the path of a DeepSpeed JSON file"
+            f"ds={path} cannot be read ({error.strerror}): give the path of a DeepSpeed JSON file, or a name: {names}"
         ) from None
     except ValueError as error:  # not JSON, or not even text
         raise ConfigError(f"ds={path} is not JSON: {error}") from None

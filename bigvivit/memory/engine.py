@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
+
+from bigvivit.memory.averages import AVERAGE, Averages, begin_averages
 
 
 class Engine(Protocol):
@@ -41,6 +43,10 @@ class Engine(Protocol):
 
         The norm of the whole gradient before clipping, or None between updates.
         """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with the moving averages of its weights, where it keeps some: to validate, and to keep, it so."""
         ...
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
@@ -71,6 +77,8 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
         return load_blocks(optimizer, dict(module.named_parameters()), state)
     options = StateDictOptions(full_state_dict=True)
     whole: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
+    if any(entry.endswith(f".{AVERAGE}") for entry in state):
+        begin_averages(optimizer)  # only what is there already is sharded as its weight is
     for entry, value in state.items():
         name, _, key = entry.rpartition(".")
         whole["state"].setdefault(name, {})[key] = value
@@ -114,10 +122,12 @@ class PlainEngine:
         device: torch.device,
         accumulate: int,
         clip_norm: float,
+        ema: float = 0.0,
     ) -> None:
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.device, self.accumulate = device, accumulate
         self.clip_norm = clip_norm or float("inf")
+        self.averages = Averages(optimizer, ema) if ema else None
         self.micro_batches = 0
 
     def __call__(self, clips: Tensor) -> Tensor:
@@ -141,7 +151,12 @@ class PlainEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        if self.averages is not None:
+            self.averages.update(self.scheduler.last_epoch)
         return max(filter(math.isfinite, norms), default=norms[0])
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.averages is None else self.averages.swapped()
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: p.detach().cpu() for name, p in module.named_parameters()}
@@ -151,6 +166,8 @@ class PlainEngine:
 
     def load_optimizer(self, state: dict[str, Tensor]) -> None:
         load_optimizer_state(self.module, self.optimizer, state)
+        if self.averages is not None:
+            self.averages.exchange()  # a checkpoint's model holds the averages
 
 
 class DdpEngine(PlainEngine):

@@ -49,4 +49,12 @@ def build_engine(
         from bigvivit.memory.fsdp import FsdpEngine
 
         kind = FsdpEngine
-    return kind(model, optimizer, scheduler, device=device, accumulate=optim.accumulate, clip_norm=optim.clip_norm)
+    return kind(
+        model,
+        optimizer,
+        scheduler,
+        device=device,
+        accumulate=optim.accumulate,
+        clip_norm=optim.clip_norm,
+        ema=optim.ema,
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bigvivit.units import Storage, torch_dtype
+from bigvivit.versions import require_known
 
 NF4_BLOCK = 64
 """Weights that share a scale: bitsandbytes' and QLoRA's choice (arXiv:2305.14314, §3)."""
@@ -90,6 +91,7 @@ def dequantize(codes: Tensor, scales: Tensor, shape: torch.Size, compute: torch.
 def eight_bit_on_fake_tensors(*, in_place: bool) -> Iterator[None]:
     """Make bitsandbytes' 8-bit optimizers run on fake tensors; `in_place` as on CUDA, where a kernel updates what is
     there. On CPUs they are written in PyTorch, and unpack each state to fp32 while they update it."""
+    require_known("a forecast of an 8-bit optimizer", "bitsandbytes")
     import bitsandbytes
     from bitsandbytes.backends.cpu import ops
 

@@ -141,7 +141,7 @@ class FrozenTower(nn.Module):
         groups = pixels.split(stream.group)
         fetched = self.fetch_in_turn(len(groups))
         vectors: list[Tensor] = []
-        # Autocast would turn norms, and with them the hidden states, back into fp32.
+        # Autocast would turn norms, and with them the hidden states, back into fp32; to bf16, it refuses to join fp16.
         with torch.autocast(self.embed.device.type, enabled=False):
             for group in groups:
                 embedded = self.embed(list(group.split(stream.chunk)), next(fetched))
@@ -151,7 +151,7 @@ class FrozenTower(nn.Module):
                 for layer in self.layers:
                     hidden = layer(hidden, next(fetched), **extras)
                 vectors += self.pool(hidden, next(fetched))
-        return torch.cat(vectors)
+            return torch.cat(vectors)
 
     def stream(self, pixels: Tensor) -> Stream:
         """How so many go through; chosen once, and said in the log."""

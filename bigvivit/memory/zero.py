@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,12 +29,14 @@ from bigvivit.memory.engine import (
     read_blocks,
 )
 from bigvivit.memory.stream import StreamedLayer
+from bigvivit.versions import require_known
 
 log = logging.getLogger(__name__)
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed use the process group that exists, quietly, with or without a C++ compiler."""
+    require_known("ZeRO", "deepspeed")
     be_quiet()
     if device.type == "cpu":
         go_on_without_compiler()
@@ -131,6 +133,9 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()  # `optim.ema` is refused under DeepSpeed
 
     def gather_optimizer(self) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -298,6 +303,7 @@ def side_streams() -> Iterator[None]:
 @contextmanager
 def zero_on_fake_tensors() -> Iterator[None]:
     """Make DeepSpeed's engine run on fake tensors and a fake process group; for a process that does nothing else."""
+    require_known("a forecast of ZeRO", "deepspeed")
     be_quiet()
     handle = deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle
     stage3 = deepspeed.runtime.zero.stage3

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from bigvivit.model.adapter import Adapter
-from bigvivit.model.blocks import init_weights
-from bigvivit.model.temporal import TemporalTransformer
+from bigvivit.model.blocks import TABLE_STD, init_weights
+from bigvivit.model.temporal import POSITION_STD, TemporalInput, TemporalTransformer
 from bigvivit.model.towers import Tower
 from bigvivit.model.tubelet import to_tubelets
 
@@ -33,6 +34,8 @@ class ViViT(nn.Module):
         else:
             vectors = self.tower(to_tubelets(clips, self.tubelet))
         vectors = vectors.view(len(clips), -1, vectors.shape[-1]).to(self.head.weight.dtype)
+        if self.temporal.mean_gate is not None:  # towers' vectors differ in size by two orders of magnitude
+            vectors = F.layer_norm(vectors, vectors.shape[-1:])
         if self.adapter is not None:
             vectors = self.adapter(vectors)
         return self.head(self.temporal(vectors))
@@ -46,6 +49,7 @@ def build_vivit(
     classes: int,
     temporal_depth: int,
     droplayer: float,
+    temporal_input: TemporalInput,
     adapter: bool,
     seed: int,
 ) -> ViViT:
@@ -63,10 +67,15 @@ def build_vivit(
             mlp=spec.mlp,
             depth=temporal_depth,
             droplayer=droplayer,
+            form=temporal_input,
         )
         head = nn.Linear(spec.width, classes)
     init_weights(temporal, seed, "temporal")
-    nn.init.zeros_(temporal.cls_token)
+    with torch.no_grad():
+        temporal.position_embeddings.mul_(POSITION_STD[temporal_input] / TABLE_STD)
+    for start in (temporal.cls_token, temporal.mean_gate):
+        if start is not None:
+            nn.init.zeros_(start)
     if between is not None:
         init_weights(between, seed, "adapter")
         nn.init.zeros_(between.fc2.weight)

@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
 from bigvivit.model.blocks import init_weights
 from bigvivit.model.catalog import SIZES
@@ -25,6 +23,11 @@ from bigvivit.model.hub import find_folder
 from bigvivit.model.tensor_file import DTYPES, Entry, read_entries, read_tensor
 from bigvivit.model.towers import TowerSpec, build_hf_model, hf_name
 from bigvivit.model.tubelet import inflate_kernel
+from bigvivit.versions import insides_of
+
+with insides_of("transformers"):
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
 Fill = Callable[[str, nn.Module], None]
 

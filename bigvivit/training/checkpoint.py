@@ -43,6 +43,8 @@ class Header:
     memory: MemoryPlan
     classes: tuple[str, ...]
     seed: int
+    clip_seconds: float | None
+    """What a clip spans; None where that could not be measured."""
     tower_folder: str | None
     """Trained tower, relative to the run's folder; None where the tower is as `model.tower` names it."""
     tower_checksum: str | None
@@ -135,6 +137,8 @@ def read_header(run: Path) -> Header:
             "memory": MemoryPlan(**record["memory"]),
             "classes": tuple(record["classes"]),
         }
+        if record["model"].get("temporal_input") is None:
+            raise KeyError("model.temporal_input")  # of a version before there was a choice
         return Header(**{**record, **parts})
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a header this version wrote ({error}): train the stage again") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 import time
@@ -19,9 +20,12 @@ from bigvivit.memory.measure import greatest, measure_peaks
 from bigvivit.memory.ranks import gather_over_ranks
 from bigvivit.training.failed_clips import Failures
 from bigvivit.training.metrics import MetricsLog
+from bigvivit.training.order import describe_order, measure_order
+from bigvivit.training.patience import Patience
 from bigvivit.training.step import ClipLoader, LabelledClips, train_step
 from bigvivit.training.validate import validate
 
+log = logging.getLogger("bigvivit")
 WARMUP_STEPS = 3
 """Left out of the time per step: workers start, kernels are chosen, ZeRO-3 records the order of its fetches."""
 
@@ -40,6 +44,10 @@ class LoopResult:
     """What a training run took."""
 
     steps: int
+    asked_to_stop: bool
+    """Before its end, by `stop`."""
+    order_change: float | None
+    """`training.order.measure_order` before the first step; None where this part of the run did not have that step."""
     seconds_per_step: float
     """Median over the steps after the first few, waiting for data included."""
     losses: list[float]
@@ -80,21 +88,29 @@ def train(
     save: Callable[[int, dict[str, float] | None], None] | None = None,
     stop: Callable[[int], bool] | None = None,
     val_loader: ClipLoader | None = None,
+    patience: Patience | None = None,
 ) -> LoopResult:
     """Run up to `steps` optimizer steps, `first_step` of which are done. Every rank calls it; `metrics` is rank 0's.
 
     `save(step, scores of a validation)` is called on every rank after each `save_every` steps but the last, and after
-    the step at which `stop(step)` says so, the last then. Validation comes before each save and at the end. Raises
-    NonFiniteError, and TooManyFailuresError.
+    the step at which `stop(step)` says so, the last then. Validation comes before each save and at the end; the last
+    step is also the one at which `patience` runs out. Raises NonFiniteError, and TooManyFailuresError.
     """
     engine.module.train()
     losses: list[torch.Tensor] = []
     seconds: list[float] = []
     means, scores, step = [math.nan], None, first_step
+    order_change, stopping = None, False
     before = time.perf_counter()
     stream = itertools.islice(micro_batches(loader, optim.accumulate, first_step), steps - first_step)
     for step, (epoch, batches) in enumerate(stream, start=first_step + 1):
-        lr = engine.scheduler.get_last_lr()[0]  # before the step, which sets the next one
+        if step == 1:
+            order_change = measure_order(engine, batches)
+            log.info(describe_order(order_change))
+            if metrics is not None and order_change is not None:
+                metrics.write({"step": 0, "order_change": order_change})
+            before = time.perf_counter()
+        lr = max(engine.scheduler.get_last_lr())  # before the step, which sets the next one
         for batch in batches:
             failures.note(epoch, batch.failed, batch.decoders)
         result = train_step(engine, batches, label_smoothing=optim.label_smoothing)
@@ -130,16 +146,22 @@ def train(
                 metrics.report(record)
         stopping, due = stop is not None and stop(step), save_every > 0 and step % save_every == 0
         if val_loader is not None and (step == steps or (due and not stopping)):  # who stops a run does not wait for it
-            scores = validate(engine, val_loader)
+            with engine.averaged():
+                scores = validate(engine, val_loader)
             if metrics is not None:
                 metrics.report_validation({"step": step, "epoch": epoch, **scores})
+        validated = scores if due and not stopping else None
         if save is not None and (due or stopping) and step < steps:
             failures.gather()  # a run that goes on from here must know them
-            save(step, scores if due and not stopping else None)
+            save(step, validated)
         if stopping:
             break
+        if patience is not None and validated is not None and patience.runs_out(validated["val_top1"]):
+            log.info("validation has not improved for %d checkpoints: training ends at step %d", patience.since, step)
+            break
         before = time.perf_counter()  # validating and saving are not part of a step's time
-    return LoopResult(step, statistics.median(seconds[WARMUP_STEPS:] or seconds), means, scores)
+    typical = statistics.median(seconds[WARMUP_STEPS:] or seconds)
+    return LoopResult(step, stopping, order_change, typical, means, scores)
 
 
 def lowest(losses: Sequence[float]) -> float:

@@ -164,6 +164,11 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
 
 
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps that a checkpoint's name says were done."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def best_checkpoint(run: Path) -> tuple[Path, float] | None:
     """The checkpoint that validated best, the newest among equals, and its top-1; None where none was validated."""
     scored = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,11 +19,13 @@ import tyro
 
 from bigvivit.config import ConfigError, TrainConfig
 from bigvivit.units import format_bytes
+from bigvivit.versions import read_versions
 
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("bigvivit", "torch", "torchvision", "transformers", "deepspeed", "decord")
+PACKAGES = ("torch", "torchvision", "transformers", "deepspeed", "decord", "av")
+"""Whose versions numbers depend on."""
 
 
 def describe_run(config: TrainConfig, *, engine: str, world: int, device: torch.device) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def describe_run(config: TrainConfig, *, engine: str, world: int, device: torch.
         "command": read_command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": read_commit(),
-        "versions": read_versions(),
+        "versions": read_versions(PACKAGES),
         "engine": engine,
         "ranks": world,
         "device": describe_device(device),
@@ -77,7 +78,7 @@ def write_report(
     Each row says `evidence`, measured or forecast, and carries the unit in each key. Of `settings`, which may also hold
     what all rows came to, the Markdown shows those that are one value.
     """
-    now, machine, versions = datetime.now(timezone.utc), describe_machine(device), read_versions()
+    now, machine, versions = datetime.now(timezone.utc), describe_machine(device), read_versions(PACKAGES)
     words = re.sub(r"\(.*?\)|[^a-z0-9]+", " ", f"{machine['device']} {machine['cores']} cores".lower())
     stem = folder / f"{bench}_{'-'.join(words.split())}_{now:%Y-%m-%d}"
     record = {
@@ -130,8 +131,3 @@ def run_bench(main: Callable[[Any], None], arguments: type, description: str | N
 def read_command() -> str:
     """The command line of this process, without the folders before the program."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def read_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}

@@ -19,7 +19,17 @@ CLIPS = torch.randint(256, (2, 8, 3, 48, 48), dtype=torch.uint8, generator=torch
 
 def build(plan: MemoryPlan, *, frozen: bool) -> ViViT:
     tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.5)
-    model = build_vivit(tower, frames=8, tubelet=2, classes=5, temporal_depth=2, droplayer=0.0, adapter=frozen, seed=0)
+    model = build_vivit(
+        tower,
+        frames=8,
+        tubelet=2,
+        classes=5,
+        temporal_depth=2,
+        droplayer=0.0,
+        temporal_input="centred",
+        adapter=frozen,
+        seed=0,
+    )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
     apply_plan(model, plan, frozen=frozen, fill=random_weights(DEMO, 0), device=CPU)
     return model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bigvivit.config import ConfigError, OptimConfig
-from bigvivit.memory.ds_json import OFFLOAD_KEYS, ZERO_KEYS, micro_batch_size, read_ds_json
+from bigvivit.memory.ds_json import OFFLOAD_KEYS, ZERO_KEYS, find_ds_json, micro_batch_size, read_ds_json
 
 OPTIM = OptimConfig(batch_size=64, accumulate=4, clip_norm=0.5)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -148,3 +148,16 @@ def test_every_zero_key_is_one_that_deepspeed_reads() -> None:
 
     theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert set(ZERO_KEYS) <= theirs
+
+
+def test_a_file_comes_before_the_name_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_ds_json(Path("zero3")).read_text() == (SHIPPED[0].parent / "zero3.json").read_text()
+    assert find_ds_json(Path("sub/zero3")) == Path("sub/zero3")
+    (tmp_path / "zero3").mkdir()  # a run may be called so
+    assert find_ds_json(Path("zero3")).is_file()
+    (tmp_path / "zero3").rmdir()
+    (tmp_path / "zero3").write_text("{}")
+    assert find_ds_json(Path("zero3")) == Path("zero3")
+    with pytest.raises(ConfigError, match=r"ds=zero5 cannot be read .*, or a name: zero2, zero3, zero3_offload"):
+        read_ds_json(Path("zero5"), OPTIM, 1)

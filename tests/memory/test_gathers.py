@@ -36,7 +36,7 @@ zero |= {"stage3_prefetch_bucket_size": 0}  # which would gather several layers 
 ds = None if fsdp else {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
 ds = ds and {**ds, "gradient_accumulation_steps": 1, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
 start_process_group(device, 2, deepspeed=not fsdp, fsdp=fsdp)
-model_config = ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=1)
+model_config = ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=1, temporal_input="centred")
 clip = ClipConfig(frames=16, size=48, resize=48)
 batch = SimpleNamespace(clips=torch.randint(256, (1, 16, 3, 48, 48), dtype=torch.uint8), labels=torch.tensor([1]))
 optim, counts, losses = OptimConfig(lr=0.1, batch_size=2), {}, {}

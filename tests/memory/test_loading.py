@@ -35,7 +35,7 @@ zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
 ds = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero} if engine == "zero3" else None
 start_process_group(device, world, deepspeed=ds is not None, fsdp=engine == "fsdp")
 sharder = build_sharder(ds, fsdp=engine == "fsdp", device=device)
-config = ModelConfig(tower=folder, tower_init="pretrained", tubelet=1, temporal_depth=1)
+config = ModelConfig(tower=folder, tower_init="pretrained", tubelet=1, temporal_depth=1, temporal_input="centred")
 source = assemble.open_tower(config, seed=0)
 clip = ClipConfig(frames=1, size=224, resize=224)
 model = assemble.build_model(source, config, clip, classes=2, adapter=True, seed=0)

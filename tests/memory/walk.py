@@ -110,6 +110,7 @@ def configure(engine: str, cell: Cell, scratch: Path, world: int) -> tuple[Train
             tower_init="random",
             tubelet=cell.get("tubelet", 2),
             temporal_depth=2,
+            temporal_input="centred",
             droplayer=0.5,
         ),
         optim=OptimConfig(name=cell.get("optimizer", "sgd"), lr=0.05, batch_size=2 * world, warmup_epochs=0),

@@ -25,7 +25,15 @@ def test_positions_keep_cls_and_interpolate_the_rest_end_on_end(old: int, new: i
 def build(*, frames: int, adapter: bool, seed: int, classes: int = 8, depth: int = 2) -> ViViT:
     tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
     return build_vivit(
-        tower, frames=frames, tubelet=2, classes=classes, temporal_depth=depth, droplayer=0, adapter=adapter, seed=seed
+        tower,
+        frames=frames,
+        tubelet=2,
+        classes=classes,
+        temporal_depth=depth,
+        droplayer=0,
+        temporal_input="centred",
+        adapter=adapter,
+        seed=seed,
     )
 
 

@@ -7,17 +7,25 @@ import torch
 from torch import nn
 
 from bigvivit.model.adapter import Adapter
-from bigvivit.model.temporal import TemporalTransformer
+from bigvivit.model.temporal import STILL, TemporalInput, TemporalTransformer
 from bigvivit.model.towers import build_tower
 from bigvivit.model.vivit import ViViT, build_vivit
 from bigvivit.model.weights import random_weights
 from tests.model.reference import DEMO
 
 
-def build(*, adapter: bool, seed: int = 0) -> ViViT:
+def build(*, adapter: bool, seed: int = 0, form: TemporalInput = "centred") -> ViViT:
     tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
     model = build_vivit(
-        tower, frames=8, tubelet=2, classes=5, temporal_depth=2, droplayer=0.0, adapter=adapter, seed=seed
+        tower,
+        frames=8,
+        tubelet=2,
+        classes=5,
+        temporal_depth=2,
+        droplayer=0.0,
+        temporal_input=form,
+        adapter=adapter,
+        seed=seed,
     )
     fill = random_weights(DEMO, seed)
     for name, piece in tower.pieces():
@@ -33,18 +41,65 @@ def test_logits_start_at_zero() -> None:
     assert not build(adapter=True)(CLIPS).any()
 
 
-def test_the_tower_sees_each_tubelet_by_itself() -> None:
-    model = build(adapter=False)
+@pytest.mark.parametrize("form", ["centred", "original"])
+def test_the_tower_sees_each_tubelet_by_itself(form: TemporalInput) -> None:
+    model = build(adapter=False, form=form)
     nn.init.normal_(model.head.weight)
     vectors = torch.stack([model.tower(CLIPS[:, i : i + 2].flatten(1, 2)) for i in range(0, 8, 2)], dim=1)
+    if form == "centred":
+        vectors = (vectors - vectors.mean(-1, keepdim=True)) / (
+            vectors.var(-1, keepdim=True, correction=0) + 1e-5
+        ).sqrt()
     expected = model.head(model.temporal(vectors))
     torch.testing.assert_close(model(CLIPS), expected)
 
 
-def test_order_in_time_matters() -> None:
-    model = build(adapter=False)
-    nn.init.normal_(model.head.weight)
-    assert (model(CLIPS) - model(CLIPS.flip(1))).abs().max() > 1e-3
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+def test_order_is_told_from_the_start_at_any_size_of_vectors(size: float) -> None:
+    """Reversing a clip changes what leaves the temporal transformer about as much as another clip does."""
+    vectors = size * (torch.randn(8, 1, 128) + 0.3 * torch.randn(8, 16, 128))  # a clip's frames are much alike
+    change = {}
+    for form in ("centred", "original"):
+        torch.manual_seed(0)
+        temporal = build_temporal(form, tubelets=16)
+        with torch.no_grad():
+            normalised = nn.functional.layer_norm(vectors, (128,)) if form == "centred" else vectors
+            outputs, reversed_ = temporal(normalised), temporal(normalised.flip(1))
+        change[form] = float((outputs - reversed_).norm() / (outputs - outputs.roll(1, 0)).norm())
+    assert change["centred"] > 0.3
+    assert size < 1 or change["original"] < 0.05
+
+
+def build_temporal(form: TemporalInput, tubelets: int) -> TemporalTransformer:
+    model = build_vivit(
+        build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0),
+        frames=2 * tubelets,
+        tubelet=2,
+        classes=5,
+        temporal_depth=2,
+        droplayer=0.0,
+        temporal_input=form,
+        adapter=False,
+        seed=0,
+    )
+    return model.temporal
+
+
+def test_what_a_clip_has_in_common_reaches_the_cls_token_through_its_gate() -> None:
+    temporal = build_temporal("centred", tubelets=4)
+    vectors, common = torch.randn(2, 4, 128), torch.randn(2, 1, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(temporal(vectors + common), temporal(vectors))  # the gate starts closed
+        temporal.mean_gate.fill_(1.0)
+        assert (temporal(vectors + common) - temporal(vectors)).abs().mean() > 0.1
+
+
+def test_a_clip_in_which_nothing_moves_stays_still() -> None:
+    temporal = build_temporal("centred", tubelets=4)
+    still = torch.randn(1, 1, 128).expand(1, 4, 128)
+    with torch.no_grad():
+        nearly = temporal(still + STILL / 100 * torch.randn(1, 4, 128))
+        torch.testing.assert_close(nearly, temporal(still), atol=0.05, rtol=0.0)
 
 
 def test_the_adapter_starts_as_the_identity_and_learns() -> None:
@@ -57,10 +112,11 @@ def test_the_adapter_starts_as_the_identity_and_learns() -> None:
     assert adapter.fc2.weight.grad.any()
 
 
-def test_the_temporal_transformer_against_torchs_own() -> None:
+@pytest.mark.parametrize("form", ["centred", "original"])
+def test_the_temporal_transformer_against_torchs_own(form: TemporalInput) -> None:
     """The same weights in torch.nn.TransformerEncoderLayer, written independently of Hugging Face."""
     torch.manual_seed(0)
-    ours = TemporalTransformer(tubelets=6, width=16, heads=4, mlp=32, depth=2, droplayer=0.0)
+    ours = TemporalTransformer(tubelets=6, width=16, heads=4, mlp=32, depth=2, droplayer=0.0, form=form)
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.3)
     theirs = []
@@ -88,7 +144,13 @@ def test_the_temporal_transformer_against_torchs_own() -> None:
         block.load_state_dict(flat)
         theirs.append(block)
     vectors = torch.randn(3, 6, 16)
-    hidden = torch.cat([ours.cls_token.expand(3, -1, -1), vectors], dim=1) + ours.position_embeddings
+    cls, tokens = ours.cls_token.expand(3, -1, -1), vectors
+    if ours.mean_gate is not None:
+        mean = vectors.mean(1, keepdim=True)
+        cls = cls + ours.mean_gate * mean
+        power = ((vectors - mean) ** 2).flatten(1).mean(1)[:, None, None]
+        tokens = (vectors - mean) / (power + STILL**2).sqrt()
+    hidden = torch.cat([cls, tokens], dim=1) + ours.position_embeddings
     for block in theirs:
         hidden = block(hidden)
     torch.testing.assert_close(ours(vectors), ours.layernorm(hidden)[:, 0])

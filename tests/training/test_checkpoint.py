@@ -25,10 +25,11 @@ from bigvivit.training.checkpoint import (
 
 HEAD = Header(
     stage=1,
-    model=ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=2),
+    model=ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=2, temporal_input="centred"),
     clip=ClipConfig(frames=8, size=48, resize=52, flip=False),
     memory=MemoryPlan(),
     classes=("a", "b"),
+    clip_seconds=1.5,
     seed=3,
     tower_folder="tower",
     tower_checksum="0" * 64,

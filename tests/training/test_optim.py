@@ -15,7 +15,7 @@ from bigvivit.training.optim import build_optimizer, build_scheduler, total_step
 
 
 def build_model() -> nn.Module:
-    temporal = TemporalTransformer(tubelets=4, width=8, heads=2, mlp=16, depth=1, droplayer=0.0)
+    temporal = TemporalTransformer(tubelets=4, width=8, heads=2, mlp=16, depth=1, droplayer=0.0, form="centred")
     return nn.ModuleDict({"adapter": Adapter(8), "temporal": temporal, "head": nn.Linear(8, 3)})
 
 
