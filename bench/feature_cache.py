@@ -51,14 +51,12 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    """Train three times, compare, write."""
+    """Train twice, compare, write."""
     scratch = arguments.scratch
     write_demo(DemoConfig(folder=scratch / "demo", train_clips=CLIPS, val_clips=8))
-    tower = ["--model.tower", arguments.tower, "--model.tower-init", "random"]
-    first = ["--stage", 1, "--clip.frames", 2, "--optim.batch-size", 2, "--optim.epochs", 2 / CLIPS, *tower]
-    train(arguments, "stage1", *first, "--model.temporal-depth", arguments.temporal_depth)
-    second = ["--stage", 2, "--clip.frames", arguments.frames, "--clip.stride", 1, "--init-from", scratch / "stage1"]
-    second += ["--optim.batch-size", arguments.batch_size]
+    second = ["--stage", 2, "--model.tower", arguments.tower, "--model.tower-init", "random", "--model.temporal-depth",
+              arguments.temporal_depth, "--clip.frames", arguments.frames, "--optim.batch-size",
+              arguments.batch_size]  # fmt: skip
     train(arguments, "without", *second, "--optim.epochs", arguments.epochs)
     cache = ["--data.cache", scratch / "cache"]
     train(arguments, "cached", *second, "--optim.epochs", 1 + arguments.cached_epochs, *cache)
@@ -91,6 +89,8 @@ def read_epochs(run: Path) -> list[float]:
     epochs: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record: dict[str, Any] = json.loads(line)
+        if "loss" not in record:  # what is measured before the first step
+            continue
         epochs[record["epoch"]] = epochs.get(record["epoch"], 0.0) + record["seconds_per_step"]
     return [epochs[number] for number in sorted(epochs)]
 
