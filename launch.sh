@@ -71,9 +71,7 @@ train() { # folder of the run, then arguments of bigvivit/train.py
 }
 
 evaluate() { # folder of the run
-  local one=(bigvivit eval "$1" --manifest data/demo/val.csv --views 1 --crops 1)
-  [ -f "$1/eval.json" ] || "${one[@]}"
-  [ -f "$1/eval_shuffled.json" ] || "${one[@]}" --shuffle-frames
+  [ -f "$1/eval.json" ] || bigvivit eval "$1" --manifest data/demo/val.csv --views 1 --crops 1 --shuffle-frames
 }
 
 main() {

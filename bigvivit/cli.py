@@ -68,11 +68,11 @@ def train(argv: list[str]) -> None:
 
 def cache(argv: list[str]) -> None:
     """`bigvivit cache`, with the flags of `bigvivit train`."""
-    from bigvivit.config import TrainConfig
     from bigvivit.fill_cache import fill_cache
+    from bigvivit.presets import parse_train
 
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # of DeepSpeed's launcher
-    fill_cache(tyro.cli(TrainConfig, args=argv, prog="bigvivit cache"))
+    fill_cache(parse_train(argv, "bigvivit cache"))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -86,13 +86,14 @@ def evaluate(argv: list[str]) -> None:
         print(describe_result(result))
     if len(results) > 1:
         print_table(
-            ["run", "frames", "top-1", "top-5", "not read"],
+            ["run", "frames", "top-1", "top-5", "top-1, frames shuffled", "not read"],
             [
                 [
                     result["run"],
                     result["frames"],
                     f"{result['top1']:.1%}",
                     f"{result['top5']:.1%}",
+                    f"{result['shuffled']['top1']:.1%}" if "shuffled" in result else "-",
                     len(result["failed"]),
                 ]
                 for result in results
@@ -113,6 +114,8 @@ def describe_result(result: dict[str, Any]) -> str:
     for entry in result["failed"][:SHOWN_FAILURES]:
         print(f"not read: {entry['reason']}")
     line = f"top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  of {result['clips']} clips"
+    if "shuffled" in result:
+        line += f"; frames shuffled: top-1 {result['shuffled']['top1']:.1%}"
     failed = len(result["failed"])
     return line + (f"; {failed} videos could not be read and are not counted" if failed else "")
 

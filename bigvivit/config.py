@@ -296,6 +296,8 @@ class TrainConfig:
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
+    preset: Literal["small"] | None = None
+    """Settings that go together, for all that the command line does not say itself. `small`: some hundred clips."""
     seed: int = 0
     """Seeds initial weights, the order of clips, their cuts and stochastic depth."""
     log_every: int = 10
@@ -462,7 +464,7 @@ class EvalConfig:
     workers: int = 2
     """Processes that decode videos; 0 decodes in this process."""
     shuffle_frames: bool = False
-    """Permute the frames of each view in time: what accuracy is left does not come from their order."""
+    """Also evaluate each view with its frames permuted: what accuracy is left there does not come from their order."""
     cache: Path | None = None
     """Folder in which towers' vectors are kept, as training's `--data.cache`: what is there is not computed again."""
     cache_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -160,15 +160,13 @@ def pass_through(
         crops=1,
         batch_size=config.batch_size,
         workers=config.workers,
-        shuffle_frames=False,
-        seed=0,
         rank=0,
         world=1,
     )
     model = load(MemoryPlan(storage=storage, compute=EXACT))
     seen: list[Tensor] = []
     model.tower.register_forward_hook(lambda tower, inputs, vectors: seen.append(vectors.float().cpu()))
-    outputs = collect(model, loader, device, classes=len(manifest.classes), description=storage)
+    outputs = collect(model, loader, classes=len(manifest.classes), description=storage)
     check_finite(Path(config.source), outputs, manifest)
     vectors = torch.cat(seen).unflatten(0, (len(outputs.indices), -1)) if seen else torch.empty(0)
     return Passage(outputs, dict(zip(outputs.indices, vectors, strict=True)), sum(stored_bytes(model.tower).values()))

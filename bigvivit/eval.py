@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ from bigvivit.versions import require
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from bigvivit.data.loader import Batch
 
 CONFUSIONS = 20
 """Of the pairs of classes that are mixed up, this many are written down: the most frequent ones."""
@@ -38,10 +42,12 @@ class Outputs:
     """fp32 [clips, classes] on the CPU, the mean over views and crops."""
     failed: list[tuple[int, str]]
     """(position, reason) of each video that could not be read."""
+    shuffled: Tensor | None = None
+    """The logits of the same clips with their frames in another order, if that was asked for."""
 
 
 def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
-    """Evaluate each run, write `eval.json` and `eval.png` (with shuffled frames `eval_shuffled.…`) into its folder.
+    """Evaluate each run, write `eval.json`, `eval.csv` and `eval.png` into its folder.
 
     Returns what was written, on rank 0; elsewhere nothing. Raises ConfigError, for all runs before the first starts.
     """
@@ -63,7 +69,7 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
         if rank == 0:
             check_finite(run, outputs, manifest)
             result = {"run": str(run), "frames": header.clip.frames, **describe(config), **score(outputs, manifest)}
-            write_result(run, result, outputs, manifest, config.shuffle_frames)
+            write_result(run, result, outputs, manifest)
             results.append(result)
     return results
 
@@ -71,7 +77,7 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
 def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConfig, device: torch.device) -> Outputs:
     """This rank's share of the videos through one run's model."""
     from bigvivit.assemble import load_run
-    from bigvivit.data.loader import build_eval_loader
+    from bigvivit.data.loader import build_eval_loader, shuffle_frames
 
     rank, world = rank_and_world()
     loader = build_eval_loader(
@@ -81,8 +87,6 @@ def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConf
         crops=config.crops,
         batch_size=config.batch_size,
         workers=config.workers,
-        shuffle_frames=config.shuffle_frames,
-        seed=header.seed,
         rank=rank,
         world=world,
     )
@@ -95,40 +99,48 @@ def evaluate_run(run: Path, header: Header, manifest: Manifest, config: EvalConf
 
             cache = stack.enter_context(closing(open_run_cache(run, header, config, device)))
             cached = cache.evaluation(loader, TowerPass(model, device), views=config.views, crops=config.crops)
-        return collect(model, cached, device, classes=len(header.classes))
+        reorder = partial(shuffle_frames, crops=config.crops, seed=header.seed) if config.shuffle_frames else None
+        return collect(model, cached, classes=len(header.classes), reorder=reorder)
 
 
 def collect(
-    model: nn.Module, loader: Iterable[Any], device: torch.device, *, classes: int, description: str = "evaluating"
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    classes: int,
+    reorder: Callable[[Batch], Tensor] | None = None,
+    description: str = "evaluating",
 ) -> Outputs:
-    """All that a loader gives, through a model."""
+    """All that a loader gives, through a model; with `reorder` also its clips in another order of their frames."""
     import torch
 
     indices: list[int] = []
     failed: list[tuple[int, str]] = []
-    logits = [torch.empty(0, classes)]
-    for batch, means in mean_logits(model, loader, device, description):
+    logits, shuffled = [torch.empty(0, classes)], [torch.empty(0, classes)]
+    for batch in show_progress(loader, description):
         indices += batch.indices.tolist()
         failed += batch.failed
-        if len(means):
-            logits.append(means)
-    return Outputs(indices, torch.cat(logits), failed)
+        if len(batch.clips):
+            logits.append(mean_logits(model, batch.clips))
+            if reorder is not None:
+                shuffled.append(mean_logits(model, reorder(batch)))
+    return Outputs(indices, torch.cat(logits), failed, torch.cat(shuffled) if reorder is not None else None)
 
 
-def mean_logits(
-    model: nn.Module, loader: Iterable[Any], device: torch.device, description: str = "evaluating"
-) -> Iterator[tuple[Any, Tensor]]:
-    """Each batch, and the mean of its views' logits [b, classes] on the CPU (as the original, no probabilities)."""
-    import torch
+def show_progress(loader: Iterable[Any], description: str) -> Iterable[Any]:
+    """A bar on a terminal, nothing elsewhere."""
     from rich.progress import track
 
-    with torch.inference_mode():
-        for batch in track(loader, description=description, disable=not sys.stdout.isatty()):
-            if len(batch.clips) == 0:
-                yield batch, torch.empty(0, 0)
-                continue
-            views = batch.clips.unbind(1)  # one after the other: memory is that of one view
-            yield batch, torch.stack([model(view).float() for view in views]).mean(0).cpu()
+    return track(loader, description=description, disable=not sys.stdout.isatty())
+
+
+def mean_logits(model: nn.Module, clips: Tensor) -> Tensor:
+    """The mean of the views' logits, fp32 [b, classes] on the CPU, of clips [b, views, ...] (as in the original, not of
+    probabilities)."""
+    import torch
+
+    with torch.inference_mode():  # view after view: memory is that of one
+        return torch.stack([model(view).float() for view in clips.unbind(1)]).mean(0).cpu()
 
 
 def gather_outputs(own: Outputs) -> Outputs:
@@ -140,7 +152,9 @@ def gather_outputs(own: Outputs) -> Outputs:
     order = sorted(range(len(indices)), key=indices.__getitem__)
     logits = torch.cat([outputs.logits for outputs in everyone])
     failed = sorted(entry for outputs in everyone for entry in outputs.failed)
-    return Outputs([indices[place] for place in order], logits[order], failed)
+    parts = [outputs.shuffled for outputs in everyone if outputs.shuffled is not None]
+    shuffled = torch.cat(parts)[order] if parts else None
+    return Outputs([indices[place] for place in order], logits[order], failed, shuffled)
 
 
 def check_finite(run: Path, outputs: Outputs, manifest: Manifest) -> None:
@@ -156,37 +170,22 @@ def check_finite(run: Path, outputs: Outputs, manifest: Manifest) -> None:
 
 def describe(config: EvalConfig) -> dict[str, Any]:
     """How it was evaluated."""
-    return {
-        "manifest": str(config.manifest),
-        "views": config.views,
-        "crops": config.crops,
-        "shuffle_frames": config.shuffle_frames,
-    }
+    return {"manifest": str(config.manifest), "views": config.views, "crops": config.crops}
 
 
 def score(outputs: Outputs, manifest: Manifest) -> dict[str, Any]:
-    """Top-1 and top-5 over the clips that could be read, the same per class, and who is taken for whom.
+    """Top-1 and top-5 over the clips that could be read, under `shuffled` the same of the clips with their frames in
+    another order, top-1 per class, and who is taken for whom.
 
     Raises ConfigError where no clip could be read.
     """
-    import torch
-    from torchmetrics.functional.classification import multiclass_accuracy
-
     failed = [{"path": str(manifest.clips[index].path), "reason": reason} for index, reason in outputs.failed]
     if not outputs.indices:
         reasons = "".join(f"\n  - {entry['reason']}" for entry in failed[:5])
         raise ConfigError(f"manifest={manifest.path}: none of its {len(failed)} videos can be read:{reasons}")
-    classes = len(manifest.classes)
-    labels = torch.tensor([manifest.clips[index].label for index in outputs.indices])
-    accuracies = {}
-    for k in (1, 5):
-        top = min(k, classes)
-        # torchmetrics knows no single class; there everybody is right.
-        accuracies[f"top{k}"] = (
-            float(multiclass_accuracy(outputs.logits, labels, classes, top_k=top, average="micro"))
-            if classes > 1
-            else 1.0
-        )
+    accuracies: dict[str, Any] = {**measure_accuracy(outputs.logits, outputs.indices, manifest)}
+    if outputs.shuffled is not None:
+        accuracies["shuffled"] = measure_accuracy(outputs.shuffled, outputs.indices, manifest)
     counts = confusion(outputs, manifest)
     per_class = [
         {"class": name, "clips": int(row.sum()), "correct": int(row[number]), "accuracy": share(row[number], row.sum())}
@@ -209,6 +208,21 @@ def score(outputs: Outputs, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def measure_accuracy(logits: Tensor, indices: list[int], manifest: Manifest) -> dict[str, float]:
+    """Top-1 and top-5 of logits [clips, classes]."""
+    import torch
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    classes = len(manifest.classes)
+    if classes == 1:  # torchmetrics knows no single class; there everybody is right
+        return {"top1": 1.0, "top5": 1.0}
+    labels = torch.tensor([manifest.clips[index].label for index in indices])
+    return {
+        f"top{k}": float(multiclass_accuracy(logits, labels, classes, top_k=min(k, classes), average="micro"))
+        for k in (1, 5)
+    }
+
+
 def share(part: Tensor, whole: Tensor) -> float | None:
     """None for a class that has no clip."""
     return float(part / whole) if whole else None
@@ -224,15 +238,17 @@ def confusion(outputs: Outputs, manifest: Manifest) -> Tensor:
     return torch.bincount(places, minlength=classes**2).view(classes, classes)
 
 
-def write_result(run: Path, result: dict[str, Any], outputs: Outputs, manifest: Manifest, shuffle_frames: bool) -> None:
-    """The numbers, and the picture of the confusion."""
+def write_result(run: Path, result: dict[str, Any], outputs: Outputs, manifest: Manifest) -> None:
+    """The numbers, what each clip was taken for, and the picture of the confusion."""
     from bigvivit.training.plots import draw_confusion
 
-    path = result_path(run, shuffle_frames)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    draw_confusion(path.with_suffix(".png"), confusion(outputs, manifest).numpy(), manifest.classes)
-
-
-def result_path(run: Path, shuffle_frames: bool) -> Path:
-    """Where the accuracy of a run is kept."""
-    return run / ("eval_shuffled.json" if shuffle_frames else "eval.json")
+    names = ["path", "label", "top1"] + ["top1_shuffled"] * (outputs.shuffled is not None)
+    with (run / "eval.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        guesses = [logits.argmax(1).tolist() for logits in (outputs.logits, outputs.shuffled) if logits is not None]
+        for index, *guessed in zip(outputs.indices, *guesses, strict=True):
+            clip = manifest.clips[index]
+            writer.writerow([clip.path, *(manifest.classes[number] for number in (clip.label, *guessed))])
+    (run / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw_confusion(run / "eval.png", confusion(outputs, manifest).numpy(), manifest.classes)

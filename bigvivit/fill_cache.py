@@ -62,7 +62,7 @@ def compute_views(job: Job, device: torch.device, board: Board, stop: StopSignal
         loaders = [cache.ahead(config, clips, tower, batch_size=job.micro_batch, rank=job.rank, world=job.world)]
         if job.val is not None:
             val_loader = build_eval_loader(
-                config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, shuffle_frames=False, seed=0,
+                config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch,
                 workers=config.data.workers, time_limit=config.data.time_limit, rank=job.rank, world=job.world,
             )  # fmt: skip
             loaders.append(cache.evaluation(val_loader, tower, views=1, crops=1))

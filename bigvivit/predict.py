@@ -66,7 +66,7 @@ def predict(config: PredictConfig) -> Iterator[Prediction]:
 
     from bigvivit.assemble import choose_device, load_run
     from bigvivit.data.loader import build_eval_loader
-    from bigvivit.eval import mean_logits
+    from bigvivit.eval import mean_logits, show_progress
 
     device = choose_device(config.device)
     clips = tuple(Clip(path, label=-1) for path in paths)
@@ -77,15 +77,16 @@ def predict(config: PredictConfig) -> Iterator[Prediction]:
         crops=config.crops,
         batch_size=1,  # each is told as soon as it is known
         workers=min(config.workers, len(paths)),
-        shuffle_frames=False,
-        seed=header.seed,
         rank=0,
         world=1,
     )
-    for batch, logits in mean_logits(load_run(config.run, header, device), loader, device):
+    model = load_run(config.run, header, device)
+    for batch in show_progress(loader, "predicting"):
         for index, reason in batch.failed:
             yield Prediction(paths[index], [], reason)
-        for index, row in zip(batch.indices.tolist(), logits.softmax(-1), strict=False):
+        if len(batch.clips) == 0:
+            continue
+        for index, row in zip(batch.indices.tolist(), mean_logits(model, batch.clips).softmax(-1), strict=True):
             if not row.isfinite().all():
                 yield Prediction(paths[index], [], f"{paths[index]}: {config.run} gives scores that are not finite")
                 continue

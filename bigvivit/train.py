@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import tyro
-
 from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json, zero_stage
 from bigvivit.memory.ranks import rank_and_world, start_process_group, tell_once
+from bigvivit.presets import parse_train
 from bigvivit.training.checkpoint import HEADER, Header, explain_full_disk, read_header
 from bigvivit.training.progress import (
     OPTIMIZER,
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     # Launchers tell the rank on the device both ways; the environment is the one that all of them set.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
     try:
-        train(tyro.cli(TrainConfig, args=argv, prog="bigvivit train"))
+        train(parse_train(argv, "bigvivit train"))
     except ConfigError as error:
         tell_once(f"error: {error}")
         sys.exit(2)
@@ -261,16 +260,13 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     torch.manual_seed(config.seed + rank)  # stochastic depth; initial weights and data have seeds of their own
     model, source, pieces, sharder = build_prepared(job, device)
 
-    ranks: Any = {"workers": config.data.workers, "rank": rank, "world": world, "seed": config.seed}
-    ranks |= {"time_limit": config.data.time_limit}
+    ranks: Any = {"workers": config.data.workers, "time_limit": config.data.time_limit, "rank": rank, "world": world}
     kept: dict[str, Any] = {} if config.data.cache is None else {"views": config.data.cache_views}
     build_loader = build_view_loader if kept else build_train_loader
-    loader: Any = build_loader(config.clip, job.manifest, batch_size=job.micro_batch, **kept, **ranks)
+    loader: Any = build_loader(config.clip, job.manifest, batch_size=job.micro_batch, seed=config.seed, **kept, **ranks)
     val_loader: Any = None
     if job.val is not None:
-        val_loader = build_eval_loader(
-            config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, shuffle_frames=False, **ranks
-        )
+        val_loader = build_eval_loader(config.clip, job.val, views=1, crops=1, batch_size=job.micro_batch, **ranks)
     steps_per_epoch = len(loader) // config.optim.accumulate
     steps = config.optim.count_steps(steps_per_epoch)
     heads = config.probe.heads(config.optim, config.model)

@@ -130,4 +130,5 @@ def train(launcher: str, out: Path, *arguments: object, **options: Any) -> str:
 
 def read_losses(run: Path) -> list[float]:
     """Loss of each step of a run that logged every step."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]

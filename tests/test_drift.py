@@ -59,9 +59,7 @@ def test_cosines_are_those_of_hugging_faces_model(tower: Path, demo: Path, tmp_p
     assert rows["fp32"]["cosine_min"] == pytest.approx(1, abs=1e-12)
 
     manifest, spec = read_manifest(demo / "val.csv"), resolve_tower(str(tower))
-    loader = build_eval_loader(
-        CLIP, manifest, views=1, crops=1, batch_size=4, workers=0, shuffle_frames=False, seed=0, rank=0, world=1
-    )
+    loader = build_eval_loader(CLIP, manifest, views=1, crops=1, batch_size=4, workers=0, rank=0, world=1)
     images = torch.cat([batch.clips.flatten(0, 2) for batch in loader])
     assert len(images) == 4 * len(manifest.clips) == 4 * result["clips"]
 

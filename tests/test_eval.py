@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from bigvivit.assemble import load_run
 from bigvivit.cli import describe_result
 from bigvivit.config import ConfigError, EvalConfig
-from bigvivit.data.loader import build_eval_loader
+from bigvivit.data.loader import build_eval_loader, shuffle_frames
 from bigvivit.data.manifest import Clip, Manifest, read_manifest
 from bigvivit.eval import Outputs, collect, confusion, evaluate_runs, score, write_result
 from bigvivit.predict import PredictConfig, predict
@@ -42,7 +43,7 @@ def test_mean_of_logits_and_top_k() -> None:
     clips[1, :, 0, 0] = 1
     clips[:, 1, 0, 1] = 1
     batch = SimpleNamespace(clips=clips, indices=torch.tensor([0, 1]), failed=((2, "2.mp4 is no video"),))
-    outputs = collect(model, [batch], CPU, classes=3)  # type: ignore[arg-type]
+    outputs = collect(model, [batch], classes=3)  # type: ignore[arg-type]
     # Means: [0, 0, 1] is class 2; [1, 2.5, 3] is class 2, its label 1 second.
     result = score(outputs, make_manifest([2, 1, 0], 3))
     assert (result["top1"], result["top5"], result["clips"]) == (0.5, 1.0, 2)
@@ -83,7 +84,7 @@ def test_a_class_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture
     describe_result(result)
     printed = capsys.readouterr().out
     assert [name for name in (*names, "[/exp]: class") if name not in printed] == []
-    write_result(tmp_path, result, outputs, manifest, shuffle_frames=False)
+    write_result(tmp_path, result, outputs, manifest)
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -118,9 +119,7 @@ def test_a_run_is_evaluated_as_its_model_says(name: str, runs: Runs, demo: Path)
     header = read_header(runs[name])
     model = load_run(runs[name], header, CPU)
     manifest = read_manifest(demo / "val.csv", header.classes)
-    loader = build_eval_loader(
-        header.clip, manifest, views=2, crops=1, batch_size=16, workers=0, shuffle_frames=False, seed=0, rank=0, world=1
-    )
+    loader = build_eval_loader(header.clip, manifest, views=2, crops=1, batch_size=16, workers=0, rank=0, world=1)
     (batch,) = loader
     with torch.no_grad():
         logits = sum(model(batch.clips[:, view]) for view in range(2))
@@ -156,14 +155,32 @@ def test_two_ranks_count_each_clip_once_and_failures_too(runs: Runs, demo: Path,
     assert done.stdout.count("of 15 clips; 2 videos could not be read and are not counted") == 2
 
 
-def test_shuffled_frames_are_kept_apart(runs: Runs, demo: Path) -> None:
+def test_shuffled_frames_are_a_column_of_the_same_pass(runs: Runs, demo: Path) -> None:
     config = EvalConfig(
         runs=(runs["plain1"],), manifest=demo / "val.csv", views=1, crops=1, workers=0, shuffle_frames=True,
         device="cpu",
     )  # fmt: skip
     (result,) = evaluate_runs(config)
-    assert result["shuffle_frames"] is True
-    assert json.loads((runs["plain1"] / "eval_shuffled.json").read_text()) == result
+    assert json.loads((runs["plain1"] / "eval.json").read_text()) == result
+    header = read_header(runs["plain1"])
+    model, manifest = load_run(runs["plain1"], header, CPU), read_manifest(demo / "val.csv", header.classes)
+    loader = build_eval_loader(header.clip, manifest, views=1, crops=1, batch_size=16, workers=0, rank=0, world=1)
+    (batch,) = loader
+    with torch.no_grad():
+        right = {
+            name: float((model(clips[:, 0]).argmax(1) == batch.labels).float().mean())
+            for name, clips in (("ordered", batch.clips), ("shuffled", shuffle_frames(batch, 1, header.seed)))
+        }
+    assert (result["top1"], result["shuffled"]["top1"]) == (
+        pytest.approx(right["ordered"]),
+        pytest.approx(right["shuffled"]),
+    )
+    assert result["top1"] != result["shuffled"]["top1"]
+    with (runs["plain1"] / "eval.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == [manifest.classes[clip.label] for clip in manifest.clips]
+    for column, expected in (("top1", result["top1"]), ("top1_shuffled", result["shuffled"]["top1"])):
+        assert sum(row[column] == row["label"] for row in rows) / len(rows) == pytest.approx(expected)
 
 
 def test_a_first_stage_is_loaded_as_it_was_trained(runs: Runs) -> None:

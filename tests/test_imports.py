@@ -16,6 +16,7 @@ ANYTHING = {
     "advice",
     "oom_page",
     "train",
+    "presets",
     "eval",
     "predict",
     "cli",

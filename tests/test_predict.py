@@ -38,9 +38,7 @@ def test_scores_are_those_of_evaluation(runs: Runs, demo: Path) -> None:
     predictions = list(
         predict(PredictConfig(run=runs["plain2"], paths=paths, views=2, crops=1, workers=0, device="cpu"))
     )
-    loader = build_eval_loader(
-        header.clip, manifest, views=2, crops=1, batch_size=3, workers=0, shuffle_frames=False, seed=0, rank=0, world=1
-    )
+    loader = build_eval_loader(header.clip, manifest, views=2, crops=1, batch_size=3, workers=0, rank=0, world=1)
     batch = next(iter(loader))
     model = load_run(runs["plain2"], header, torch.device("cpu"))
     with torch.no_grad():

@@ -76,6 +76,16 @@ def shuffled_order(count: int, generator: torch.Generator) -> Tensor:
             return order
 
 
+def shuffle_frames(batch: Batch, crops: int, seed: int) -> Tensor:
+    """An evaluation batch's clips with the frames of each view permuted in time, alike in its crops."""
+    shuffled = batch.clips.clone()
+    for clip, index in zip(shuffled, batch.indices.tolist(), strict=True):
+        for place in range(0, len(clip), crops):
+            order = shuffled_order(clip.shape[1], sample_generator(seed, index, place // crops))
+            clip[place : place + crops] = clip[place : place + crops, order]
+    return shuffled
+
+
 class Clips(Protocol):
     """Samples by what a sampler yields."""
 
@@ -137,23 +147,18 @@ class TrainClips(Dataset[Sample]):
 class EvalClips(Dataset[Sample]):
     """All views of each video."""
 
-    def __init__(
-        self, clip: ClipConfig, clips: Sequence[Clip], *, views: int, crops: int, shuffle_frames: bool, seed: int
-    ) -> None:
-        self.clip, self.clips = clip, clips
-        self.views, self.crops, self.shuffle_frames, self.seed = views, crops, shuffle_frames, seed
+    def __init__(self, clip: ClipConfig, clips: Sequence[Clip], *, views: int, crops: int) -> None:
+        self.clip, self.clips, self.views, self.crops = clip, clips, views, crops
         self.shape: tuple[int, ...] = (views * crops, clip.frames, 3, clip.size, clip.size)
 
     def __getitem__(self, index: int) -> Sample:
         source = self.clips[index]
         video = open_video(source.path)
         frames = window(len(video), video.fps, source)
-        views = []
-        for number, chosen in enumerate(view_frames(len(frames), video.fps, self.clip, self.views)):
-            view = crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
-            if self.shuffle_frames:
-                view = view[:, shuffled_order(len(chosen), sample_generator(self.seed, index, number))]
-            views.append(view)
+        views = [
+            crop_views(video.read([frames[i] for i in chosen]), self.clip, self.crops)
+            for chosen in view_frames(len(frames), video.fps, self.clip, self.views)
+        ]
         return torch.cat(views), source.label, index, video.decoder
 
     def __len__(self) -> int:
@@ -347,17 +352,14 @@ def build_eval_loader(
     crops: int,
     batch_size: int,
     workers: int,
-    shuffle_frames: bool,
-    seed: int,
     rank: int,
     world: int,
     time_limit: float = TIME_LIMIT,
 ) -> ClipLoader:
     """This rank's share of the videos, each once, all views and crops of a video together: a view's crops in a row.
 
-    `shuffle_frames` permutes the frames of each view, alike in its crops. A video that cannot be read is missing from
-    its batch, and `Batch.failed` names it.
+    A video that cannot be read is missing from its batch, and `Batch.failed` names it.
     """
-    dataset = EvalClips(clip, manifest.clips, views=views, crops=crops, shuffle_frames=shuffle_frames, seed=seed)
+    dataset = EvalClips(clip, manifest.clips, views=views, crops=crops)
     sampler = ShareOfRank(len(dataset), rank, world)
     return ClipLoader(dataset, sampler, batch_size, workers, time_limit=time_limit, keep_last=True)

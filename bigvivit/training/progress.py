@@ -39,6 +39,7 @@ FREE = {
     "memory.offload_activations",
     "log_every",
     "save_every",
+    "preset",
     "keep",
     "resume",
 }

@@ -28,6 +28,7 @@ ROWS = (
     ("top-5", "top5", lambda value: f"{value:.1%}"),
     ("videos not read", "failed", lambda value: str(len(value))),
     ("top-1, frames shuffled", "top1_shuffled", lambda value: f"{value:.1%}"),
+    ("output changed by reversing a clip, over another clip, at step 0", "order_change", lambda value: f"{value:.2g}"),
 )
 """Heading, key and how it is written."""
 
@@ -48,7 +49,8 @@ def read_run(run: Path) -> dict[str, Any]:
         **read_if_there(run / "summary.json"),
         **read_if_there(run / "eval.json"),
     }
-    known["top1_shuffled"] = read_if_there(run / "eval_shuffled.json").get("top1")
+    known["top1_shuffled"] = known.get("shuffled", {}).get("top1")
+    known["order_change"] = next((entry["order_change"] for entry in metrics if "order_change" in entry), None)
     return {"record": record, "metrics": metrics, "known": known, "finished": (run / HEADER).exists()}
 
 

@@ -50,7 +50,7 @@ def test_mutants(count: int, tmp_path: Path) -> None:
     assert not [entry for entry in report["unreadable"] if "the process that" in entry["reason"]], "a crash"
 
     manifest = Manifest(tmp_path, tuple(Clip(path, 0) for path in paths), ("x",))
-    arguments = {"views": 1, "crops": 1, "batch_size": 8, "shuffle_frames": False, "seed": 0, "rank": 0, "world": 1}
+    arguments = {"views": 1, "crops": 1, "batch_size": 8, "rank": 0, "world": 1}
     batches = list(loader.build_eval_loader(CLIP, manifest, workers=2, **arguments))
     failed = {paths[index] for batch in batches for index, _ in batch.failed}
     read = {paths[int(index)] for batch in batches for index in batch.indices}

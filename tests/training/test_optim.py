@@ -11,7 +11,7 @@ from torch import nn
 from bigvivit.config import OptimConfig
 from bigvivit.model.adapter import Adapter
 from bigvivit.model.temporal import TemporalTransformer
-from bigvivit.training.optim import build_optimizer, build_scheduler, total_steps
+from bigvivit.training.optim import build_optimizer, build_scheduler
 
 
 def build_model() -> nn.Module:
@@ -35,7 +35,7 @@ def test_the_cosine_after_a_linear_warm_up() -> None:
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.01, 1), (0.5, 4), (3.0, 21)])
 def test_fractions_of_epochs(epochs: float, steps: int) -> None:
-    assert total_steps(OptimConfig(epochs=epochs, warmup_epochs=0), 7) == steps
+    assert OptimConfig(epochs=epochs, warmup_epochs=0).count_steps(7) == steps
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])

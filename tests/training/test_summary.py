@@ -35,6 +35,9 @@ def test_a_finished_run_that_was_not_evaluated(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert rows["seconds per step"] == f"{summary['seconds_per_step']:.3f}"
     assert rows["top-1"] == "-"
+    order = rows["output changed by reversing a clip, over another clip, at step 0"]
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert float(order) == pytest.approx(first["order_change"], rel=0.06)
     assert rows["clip.frames"] == "16"
     assert rows["versions.torch"]
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -43,7 +46,7 @@ def test_a_finished_run_that_was_not_evaluated(run: Path) -> None:
 def test_a_run_that_was_killed_while_it_wrote(run: Path) -> None:
     (run / "checkpoint.json").unlink()  # summary.json may be there: it is written before
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    (run / "metrics.jsonl").write_text("\n".join(lines[:6]) + "\n" + lines[6][:20])
     text = write_page(run).read_text()
     assert "Not finished: 5 steps are logged." in text
 
@@ -52,9 +55,15 @@ def test_accuracies_classes_and_failures(run: Path) -> None:
     per_class = [{"class": "a", "clips": 2, "correct": 1, "accuracy": 0.5}]
     per_class.append({"class": "b", "clips": 0, "correct": 0, "accuracy": None})
     failed = [{"path": "x.mp4", "reason": "x.mp4 is cut"}]
-    accuracy = {"top1": 0.5, "top5": 1.0, "clips": 2, "failed": failed, "per_class": per_class}
+    accuracy = {
+        "top1": 0.5,
+        "top5": 1.0,
+        "clips": 2,
+        "failed": failed,
+        "per_class": per_class,
+        "shuffled": {"top1": 0.25},
+    }
     (run / "eval.json").write_text(json.dumps(accuracy))
-    (run / "eval_shuffled.json").write_text(json.dumps({"top1": 0.25}))
     page = write_page(run)
     rows, text = read_rows(page), page.read_text()
     assert (rows["top-1"], rows["top-1, frames shuffled"], rows["videos not read"]) == ("50.0%", "25.0%", "1")
