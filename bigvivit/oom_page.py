@@ -79,4 +79,5 @@ def describe_step(job: Job, device: torch.device) -> Trial:
         fsdp=config.fsdp,
         ds=job.ds,
         world=job.world,
+        depths=tuple(head.depth for head in config.probe.heads(config.optim, config.model)),
     )

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from bigvivit.config import ClipConfig, ConfigError, OptimConfig, check_frames, check_memory
+from bigvivit.config import (
+    ClipConfig,
+    ConfigError,
+    ModelConfig,
+    OptimConfig,
+    ProbeConfig,
+    check_frames,
+    check_memory,
+)
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
@@ -56,6 +64,9 @@ class PlanConfig:
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
     """The last two are bitsandbytes'."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    cached: bool = False
+    """Forecast a step whose vectors training's `--data.cache` holds: the tower is there, and does not run."""
     ds: Path | None = None
     """DeepSpeed configuration, a JSON file, or `zero2`, `zero3` or `zero3_offload`: ZeRO 1 to 3."""
     fsdp: bool = False
@@ -86,6 +97,10 @@ class PlanConfig:
             path = getattr(self, name)
             if path is not None and not path.absolute().parent.is_dir():
                 raise ConfigError(f"{name}={path}: {path.parent} is not a folder; give another")
+        if self.probe != ProbeConfig() and (self.stage == 1 or self.ds is not None):
+            raise ConfigError(f"probe={self.probe} is for stage 2, and not for DeepSpeed: leave --probe out")
+        if self.cached and self.stage == 1:
+            raise ConfigError("cached is for stage 2, whose tower is frozen: leave it out")
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
         check_frames(self.frames, self.tubelet)
         check_memory(self.memory, self.stage)
@@ -111,6 +126,7 @@ def plan(config: PlanConfig) -> None:
     from bigvivit.forecast.overhead import capacity, forecast_overhead
     from bigvivit.trial import Trial, trace_trial
 
+    heads = config.probe.heads(optim, ModelConfig(temporal_depth=config.temporal_depth))
     trial = Trial(
         stage=config.stage,
         tower=config.tower,
@@ -125,6 +141,8 @@ def plan(config: PlanConfig) -> None:
         fsdp=config.fsdp,
         ds=ds,
         world=config.ranks,
+        depths=tuple(head.depth for head in heads),
+        cached=config.cached,
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
     with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
@@ -159,7 +177,8 @@ def plan(config: PlanConfig) -> None:
 def describe(trial: Trial, card: Accelerator) -> str:
     """One line."""
     ranks = f"{trial.world} x " if trial.world > 1 else ""
-    return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {ranks}{card.name}"
+    heads = f"{len(trial.depths)} heads, " if trial.depths else ""
+    return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {heads}{ranks}{card.name}"
 
 
 def to_json(config: PlanConfig, card: Accelerator, verdict: Verdict) -> dict[str, Any]:

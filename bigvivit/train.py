@@ -296,7 +296,7 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     cache = open_cache(config, source, device)
     if cache is not None:
         tower = TowerPass(model, device, engine if sharder is not None else None)
-        loader = cache.train(loader, tower, epochs=config.optim.epochs)
+        loader = cache.train(loader, tower, epochs=steps / steps_per_epoch)
         if val_loader is not None:
             val_loader = cache.evaluation(val_loader, tower, views=1, crops=1)
     span = measure_span(config.clip, job.manifest.clips) if rank == 0 else None

@@ -15,19 +15,30 @@ from typing import Any, Literal
 import torch
 
 from bigvivit import assemble
-from bigvivit.config import ClipConfig, ConfigError, ModelConfig, OptimConfig, check_frames, check_memory
+from bigvivit.config import (
+    ClipConfig,
+    ConfigError,
+    ModelConfig,
+    OptimConfig,
+    ProbeHead,
+    check_frames,
+    check_memory,
+)
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.fake import fake_ranks
 from bigvivit.forecast.sharding import TowerSize, size_tower
 from bigvivit.forecast.trace import STEPS, Trace, trace_steps
-from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.apply import apply_plan, compute_dtype
 from bigvivit.memory.ds_json import zero_stage
 from bigvivit.memory.engine import Engine
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.quantize import eight_bit_on_fake_tensors, is_quantized, value_dtype
+from bigvivit.model.bank import ProbeBank
 from bigvivit.model.towers import build_tower, resolve_tower
+from bigvivit.model.vivit import ViViT
+from bigvivit.training.bank import build_bank_optimizer
 from bigvivit.training.optim import build_optimizer, build_scheduler
 from bigvivit.training.step import LabelledClips
 
@@ -54,6 +65,10 @@ class Trial:
     classes: int = CLASSES
     layers: int | None = None
     """Use so many of the tower's layers only."""
+    depths: tuple[int, ...] = ()
+    """Of a probe bank's heads, the layers of their temporal transformers; none for a run of one."""
+    cached: bool = False
+    """The micro-batch is vectors that a cache holds: the tower is there, and does not run."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     fsdp: bool = False
@@ -73,7 +88,8 @@ class Trial:
     def from_json(cls, text: str) -> Trial:
         """What `to_json` wrote; fields may be left out."""
         values = json.loads(text)
-        return cls(**{**values, "plan": MemoryPlan(**values.get("plan", {}))})
+        parts = {"plan": MemoryPlan(**values.get("plan", {})), "depths": tuple(values.get("depths", ()))}
+        return cls(**{**values, **parts})
 
 
 def build_trial(
@@ -99,22 +115,37 @@ def build_trial(
         name=trial.optimizer, batch_size=batch_size, accumulate=trial.accumulate, epochs=1, warmup_epochs=0
     )
     source = open_source(trial, model_config, fake=fake)
-    model = assemble.build_model(source, model_config, clip, classes=trial.classes, adapter=trial.stage == 2, seed=0)
+    model: ViViT | ProbeBank
+    if trial.depths:
+        model = assemble.build_probes(source, model_config, clip, classes=trial.classes, seed=0, depths=trial.depths)
+    else:
+        model = assemble.build_model(
+            source, model_config, clip, classes=trial.classes, adapter=trial.stage == 2, seed=0
+        )
     sharder = build_sharder(trial.ds, fsdp=trial.fsdp, device=device)
     frozen = trial.stage == 2
     apply_plan(
         model, trial.plan, frozen=frozen, fill=source.fill, device=device, sharder=sharder, free_bytes=free_bytes
     )
     model.train()
-    optimizer = build_optimizer(model, optim)
+    heads = [ProbeHead(optim.lr, optim.weight_decay, depth) for depth in trial.depths]
+    optimizer = build_bank_optimizer(model, heads, optim) if heads else build_optimizer(model, optim)
     scheduler = build_scheduler(optimizer, optim, SCHEDULE)
     engine = build_engine(
         model, optimizer, scheduler, optim, ds=trial.ds, fsdp=trial.fsdp, world=trial.world, device=device
     )
-    shape = (trial.clips, trial.frames, 3, trial.size, trial.size)
-    clips = torch.empty(shape, dtype=torch.uint8) if fake else torch.randint(256, shape, dtype=torch.uint8)
+    clips = make_clips(trial, source.spec.width, compute_dtype(trial.plan, device), fake=fake)
     batch = SimpleNamespace(clips=clips, labels=torch.zeros(trial.clips, dtype=torch.int64), indices=None)
     return engine, batch
+
+
+def make_clips(trial: Trial, width: int, compute: torch.dtype, *, fake: bool) -> torch.Tensor:
+    """A micro-batch of random clips, or of the vectors a cache would hold in their place."""
+    if trial.cached:
+        shape = (trial.clips, trial.frames // trial.tubelet, width)
+        return (torch.empty if fake else torch.randn)(shape, dtype=compute)
+    pixels = (trial.clips, trial.frames, 3, trial.size, trial.size)
+    return torch.empty(pixels, dtype=torch.uint8) if fake else torch.randint(256, pixels, dtype=torch.uint8)
 
 
 def trace_trial(

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bigvivit.assemble import open_tower
+from bigvivit.caching import RunCache
+from bigvivit.config import ClipConfig, ModelConfig
 from bigvivit.data import loader
+from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower
 from tests.data.videos import write_video
 from tests.launching import (
@@ -91,7 +97,7 @@ def test_losses_are_those_of_a_run_without_a_cache(
 
     metrics = [read_metrics(tmp_path / name) for name in ("without", "filling", "filled")]
     assert metrics[0] == metrics[1] == metrics[2]
-    assert len(metrics[0]) == 9 + 3
+    assert len(metrics[0]) == 1 + 9 + 3
     losses = [record["loss"] for record in metrics[0] if "loss" in record]
     assert max(losses) - min(losses) > 100 * LOSS_TOLERANCE  # so much that agreement means something
     weights = [load_file(tmp_path / name / "trainables.safetensors") for name in ("without", "filling", "filled")]
@@ -253,6 +259,66 @@ def test_wrong_settings(arguments: list[object], message: str, tmp_path: Path) -
     done = call("train", "--out", tmp_path / "run", "--data.train", "x.csv", "--clip.frames", 8, *cache, *arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_vectors_belong_to_all_that_made_them(tmp_path: Path) -> None:
+    """Any other tower, type or cut has a folder of its own; what does not touch vectors has not."""
+    clip, model = ClipConfig(frames=8), ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=2)
+    source, plan = open_tower(model, seed=0), MemoryPlan(storage="fp32", compute="fp32")
+    known = replace(source, checksum="a" * 64)
+    common: dict[str, Any] = {"source": known, "model": model, "clip": clip, "plan": plan, "seed": 0}
+
+    def folder(**changes: Any) -> Path:
+        return RunCache(tmp_path, device=torch.device("cpu"), **{**common, **changes}).folder
+
+    same = [
+        {"seed": 1},  # of the run: the weights are known by their checksum
+        {"plan": replace(plan, placement="cpu", chunk=1, recompute=2)},
+        {"model": replace(model, temporal_depth=4, droplayer=0.1)},
+        {"by_content": True},
+        {"dtype": "fp32"},
+    ]
+    spec = replace(source.spec, mean=(0.1, 0.2, 0.3))
+    others = [
+        {"source": replace(source, checksum="b" * 64)},
+        {"source": replace(known, spec=spec)},
+        {"source": source},
+        {"source": source, "seed": 1},
+        {"model": replace(model, tubelet=4)},
+        {"plan": replace(plan, storage="bf16")},
+        {"plan": replace(plan, compute="bf16")},
+        {"dtype": "bf16"},
+        *({"clip": replace(clip, **{name: value})} for name, value in
+          {"frames": 16, "stride": 3, "size": 192, "resize": 280, "min_scale": 0.5, "flip": False}.items()),
+    ]  # fmt: skip
+    assert {folder(**changes) for changes in same} == {folder()}
+    assert len({folder(), *(folder(**changes) for changes in others)}) == 1 + len(others)
+
+
+@pytest.mark.slow
+def test_real_clips_and_a_real_tower(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    """Filled ahead or while training: the same losses."""
+    clips, tower = shared("data/egogestar"), shared("models/dinov2-small")
+    rows = (clips / "clips.csv").read_text().splitlines()
+    for name, lines in (("train.csv", rows[1:25]), ("val.csv", rows[25:35])):
+        paths = "\n".join(f"{clips / line.split(',')[0]},{line.split(',')[1]}" for line in lines)
+        (tmp_path / name).write_text(f"path,label\n{paths}\n")
+    common = ["--data.train", tmp_path / "train.csv", "--clip.size", 56, "--clip.resize", 64, "--optim.batch-size", 8]
+    common += ["--optim.warmup-epochs", 0, "--log-every", 1, "--optim.lr", 0.01]
+    first = ["--stage", 1, "--model.tower", tower, "--model.temporal-depth", 1, "--clip.frames", 2]
+    train("python", tmp_path / "1", *common, *first, "--optim.epochs", 1)
+    second = [*common, "--stage", 2, "--clip.frames", 8, "--init-from", tmp_path / "1", "--optim.epochs", 4]
+    second += ["--data.val", tmp_path / "val.csv", "--data.cache-views", 2, "--data.cache"]
+    train("cache", tmp_path / "none", *second, tmp_path / "ahead")
+    train("python", tmp_path / "filled", *second, tmp_path / "ahead")
+    train("python", tmp_path / "filling", *second, tmp_path / "while")
+    assert read_counts(tmp_path / "filled") == (4 * 24 + 10, 0)
+    assert read_counts(tmp_path / "filling") == (2 * 24, 2 * 24 + 10)
+    metrics = [read_metrics(tmp_path / name) for name in ("filled", "filling")]
+    for ahead, filling in zip(*metrics, strict=True):  # ahead, other clips share a micro-batch
+        assert ahead.keys() == filling.keys()
+        for name, value in filling.items():
+            assert ahead[name] == pytest.approx(value, abs=LOSS_TOLERANCE)
 
 
 def test_a_fill_names_what_cannot_be_read(videos: Path, runs: Runs, tmp_path: Path) -> None:

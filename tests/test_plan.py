@@ -108,3 +108,21 @@ def test_wrong_settings(words: list[str], message: str) -> None:
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_heads_of_a_probe_bank_and_cached_vectors() -> None:
+    """Each head's weights, gradients and state count; a cached step is without the tower's work."""
+
+    def peak(*words: str) -> int:
+        common = ["--tower", "vit-demo", "--size", "48", "--frames", "32", "--clips", "4", "--hardware", "24GiB"]
+        done = plan(*common, "--json", *words)
+        assert done.returncode == 0, done.stderr
+        return int(json.loads(done.stdout)["peak_bytes"])
+
+    one, three = peak("--probe.lr", "0.1"), peak("--probe.lr", "0.3", "0.1", "--probe.depth", "4")
+    weights = 4 * 12 * 128 * 128 * 4  # of four layers, without biases and norms, in fp32
+    assert three - one > 3 * weights  # with gradients and momentum
+    paper = ["--clips", "32", "--memory.group", "all", "--memory.chunk", "all"]
+    assert peak("--cached", *paper) < peak(*paper)
+    assert "leave --probe out" in plan("--tower", "vit-demo", "--frames", "8", "--hardware", "24GiB", "--stage", "1",
+                                       "--probe.lr", "0.1").stderr  # fmt: skip

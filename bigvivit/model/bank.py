@@ -46,9 +46,11 @@ class ProbeBank(nn.Module):
 def build_bank(tower: Tower, depths: Sequence[int], *, droplayer: float, tubelet: int, **options: Any) -> ProbeBank:
     """The bank around a tower that may still be on the meta device; every head has the initial weights that a model of
     its depth would have. `options` are those of `build_vivit`."""
-    heads = []
+    heads: list[ViViT] = []
     for depth in depths:
-        head = build_vivit(tower, temporal_depth=depth, droplayer=droplayer, tubelet=tubelet, **options)
+        # Layers are drawn once before they get their initial weights: here too as often as in a run of one.
+        with torch.random.fork_rng([]) if heads else nullcontext():
+            head = build_vivit(tower, temporal_depth=depth, droplayer=droplayer, tubelet=tubelet, **options)
         head.tower = nn.Identity()
         heads.append(head)
     return ProbeBank(tower, heads, tubelet, draws=droplayer > 0)
