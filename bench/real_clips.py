@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def main(arguments: Arguments) -> None:
         raise ConfigError(f"data={arguments.data} holds no clips.csv: give the folder of the data set")
     arguments.out.mkdir(parents=True, exist_ok=True)
     serials = write_folds(arguments)
-    for frames in sorted({arm.frames for arm in ARMS if not arm.trains_a_tower}):
-        fill_cache(arguments, frames)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(partial(fill_cache, arguments), sorted({arm.frames for arm in ARMS if not arm.trains_a_tower})))
     waves = [[arm for arm in ARMS if arm.after is None], [arm for arm in ARMS if arm.after is not None]]
     for wave in waves:
         run_all(arguments, wave)
@@ -145,7 +146,7 @@ def fill_cache(arguments: Arguments, frames: int) -> None:
     """The published tower's vectors of all clips, which every fold and seed shares."""
     line = words(arguments, Arm("", frames, 2), 0, 0)
     line[line.index("--data.train") + 1] = str(arguments.out / "all.csv")
-    call(["cache", *line, "--data.val", str(arguments.out / "all.csv"), "--out", str(arguments.out / "unused")], 2)
+    call(["cache", *line, "--data.val", str(arguments.out / "all.csv"), "--out", str(arguments.out / "unused")])
 
 
 def run_folder(arguments: Arguments, arm: Arm, fold: int | str, seed: int) -> Path:
@@ -178,15 +179,15 @@ def train_and_evaluate(arguments: Arguments, arm: Arm, fold: int, seed: int) -> 
     """One run; returns its name."""
     run = run_folder(arguments, arm, fold, seed)
     if not (run / "checkpoint.json").exists():
-        call(["train", *words(arguments, arm, fold, seed), "--out", str(run)], 1)
+        call(["train", *words(arguments, arm, fold, seed), "--out", str(run)])
     test = arguments.out / f"test{fold}.csv"
-    call(["eval", str(run), "--manifest", str(test), "--views", "1", "--crops", "1", "--shuffle-frames"], 1)
+    call(["eval", str(run), "--manifest", str(test), "--views", "1", "--crops", "1", "--shuffle-frames"])
     return run.name
 
 
-def call(line: list[str], cores: int) -> None:
-    """A `bigvivit` command. Raises ConfigError with what it said, where it failed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+def call(line: list[str]) -> None:
+    """A `bigvivit` command on one core. Raises ConfigError with what it said, where it failed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bigvivit.cli", *line]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
