@@ -159,7 +159,7 @@ WRONG: list[tuple[list[object], dict[str, str], str]] = [
     ([], {"RANK": "4", "WORLD_SIZE": "4"}, "environment variable RANK=4 is not below WORLD_SIZE=4"),
 ]
 WRONG_SECOND: list[tuple[list[object], str]] = [
-    ([], "stage=2 needs init_from: give --init-from the run folder of a finished stage 1"),
+    ([], "stage=2 needs init_from: give --init-from the run folder of a finished stage 1, or --model.tower"),
     (["--init-from", "none"], "none holds no checkpoint.json: give the folder that a finished training run was told"),
     (["--init-from", "damaged"], "damaged/checkpoint.json is damaged"),
     (["--init-from", "done"], "done/checkpoint.json is damaged (it holds no sha256 of itself"),

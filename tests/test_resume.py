@@ -59,14 +59,15 @@ DROP = ("--model.droplayer", 0.3)  # so that random states matter
     ("stage", "optimizer"),
     [
         pytest.param(1, "sgd", marks=pytest.mark.slow),
-        (2, "adamw"),
+        (2, "adamw"),  # with averaged weights, which a checkpoint swaps with the weights themselves
         pytest.param(1, "adamw8bit", marks=pytest.mark.slow),
     ],
 )
 def test_the_plain_engine_goes_on_bit_for_bit(
     stage: int, optimizer: str, runs: Runs, demo: Path, tmp_path: Path
 ) -> None:
-    arguments = kill_and_copy(runs, demo, tmp_path / "killed", stage, *DROP, "--optim.name", optimizer)
+    more = ("--optim.ema", 0.9) if optimizer == "adamw" else ()
+    arguments = kill_and_copy(runs, demo, tmp_path / "killed", stage, *DROP, "--optim.name", optimizer, *more)
     train("python", tmp_path / "whole", *arguments)
     printed = train("python", tmp_path / "killed", *arguments, "--resume")
     assert "going on from" in printed
@@ -81,6 +82,7 @@ def test_the_plain_engine_goes_on_bit_for_bit(
     [
         pytest.param("sgd", "torchrun", [], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
+        pytest.param("averaged", "torchrun", ["--fsdp"], marks=pytest.mark.slow),
         pytest.param("adamw", "torchrun", ["--ds", "ds_configs/zero2.json"], marks=pytest.mark.slow),
         pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3.json"], marks=pytest.mark.slow),
         pytest.param("adamw", "deepspeed", ["--ds", "ds_configs/zero3_offload.json"], marks=pytest.mark.slow),
@@ -93,7 +95,8 @@ def test_another_engine_goes_on_and_back(
     launcher: str, options: list, optimizer: str, runs: Runs, demo: Path, tmp_path: Path
 ) -> None:
     """Plain to two ranks of another engine, killed there too, and back to plain: the losses of one plain run."""
-    more = ["--optim.name", optimizer, "--optim.lr", 0.02 if optimizer == "sgd" else 3e-4]
+    more: list[object] = ["--optim.name", "sgd" if optimizer == "sgd" else "adamw"]
+    more += ["--optim.lr", 0.02 if optimizer == "sgd" else 3e-4, "--optim.ema", 0.9 if optimizer == "averaged" else 0]
     arguments = kill_and_copy(runs, demo, tmp_path / "killed", 1, *more)
     there = list_checkpoints(tmp_path / "killed")[0]
     train("python", tmp_path / "whole", *arguments)
@@ -102,6 +105,9 @@ def test_another_engine_goes_on_and_back(
     losses, expected = read_losses(tmp_path / "killed"), read_losses(tmp_path / "whole")
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
     assert len(losses) == 8
+    weights, others = (load_file(tmp_path / name / "trainables.safetensors") for name in ("killed", "whole"))
+    for name, value in others.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-3, msg=name)
 
 
 @pytest.mark.slow

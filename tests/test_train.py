@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TimmWrapperConfig
 
 from bigvivit.model.weights import tower_checksum
-from tests.launching import LOSS_TOLERANCE, STAGE1, STAGE2, Runs, read_losses, start, train
+from tests.launching import LOSS_TOLERANCE, STAGE1, STAGE2, Runs, call, read_losses, start, train
 from tests.model.reference import TIMM_MODELS
 
 
@@ -45,6 +45,31 @@ def test_stage_2_starts_from_stage_1_and_says_what_took_effect(runs: Runs) -> No
             f"adapter.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
         ]
     assert read_losses(runs["plain2"])[0] < read_losses(runs["plain1"])[0] + 0.1
+
+
+def test_stage_2_on_a_tower_as_it_was_published(demo: Path, tmp_path: Path) -> None:
+    """Without a stage 1: a residual adapter, as after one, and the tower's own weights."""
+    tower = ["--model.tower", "vit-demo", "--model.tower-init", "random", "--model.temporal-depth", 2]
+    done = call("train", *STAGE2, *tower, "--data.train", demo / "train.csv", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    header = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
+    assert (header["stage"], header["tower_folder"], header["model"]["temporal_depth"]) == (2, None, 2)
+    assert header["clip_seconds"] > 0
+    names = load_file(tmp_path / "run" / "trainables.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"adapter", "temporal", "head"}
+    done = call("eval", tmp_path / "run", "--manifest", demo / "val.csv", "--views", 1, "--crops", 1, "--workers", 0)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_ends_when_validation_no_longer_improves(runs: Runs, demo: Path, tmp_path: Path) -> None:
+    """At a rate of nearly nothing no validation is better than the first."""
+    words = [*STAGE2, "--init-from", runs["plain1"], "--data.train", demo / "train.csv", "--data.val", demo / "val.csv"]
+    words += ["--optim.lr", 1e-9, "--optim.patience", 2, "--save-every", 1, "--out", tmp_path / "run"]
+    done = call("train", *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert (tmp_path / "run" / "checkpoint.json").exists()
 
 
 def test_a_checkpoint_names_its_tower_and_does_not_repeat_it(runs: Runs) -> None:
