@@ -1,12 +1,11 @@
 """Both stages of a method run, written down: `python bench/two_stages.py RUN [RUN ...]`, after training and evaluation.
 
-Reads what the runs' folders hold (`./launch.sh` leaves `runs/demo/stage1` and `stage2`) and writes a report with a
-picture: clips it was evaluated on, losses, and accuracy with frames in order and shuffled.
+Reads what the runs' folders hold (`./launch.sh` leaves `runs/demo/stage1`, `stage2` and `everything`) and writes a report with a
+picture: clips it was evaluated on, losses, accuracy with frames in order and shuffled, and time.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import tyro
 from bigvivit.data.decode import open_video
 from bigvivit.data.manifest import read_manifest
 from bigvivit.training.report import format_cell, run_bench, write_report
-from bigvivit.training.summary import read_json
+from bigvivit.training.summary import read_json, read_metrics
 from bigvivit.units import format_count
 
 
@@ -62,7 +61,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 def readme_table(rows: list[dict[str, Any]]) -> str:
     """The rows of a report as the README shows them: a column per stage. A test holds the README to it."""
-    lines = [["", *(f"stage {row['stage']}" for row in rows)], ["---"] * (len(rows) + 1)]
+    lines = [["", *(name_of(row["run"]) for row in rows)], ["---"] * (len(rows) + 1)]
     for heading, key in (
         ("frames per clip", "frames"),
         ("trainable parameters", "trainable_parameters"),
@@ -79,27 +78,39 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def name_of(run: str | Path) -> str:
+    """Of a run, as people know it."""
+    return {"stage1": "stage 1", "stage2": "stage 2", "everything": "everything trained"}.get(
+        Path(run).name, Path(run).name
+    )
+
+
 def draw(runs: tuple[Path, ...], path: Path) -> None:
     """Clips above, losses and accuracies below."""
     figure = plt.figure(figsize=(11, 6), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.2))
     clips, plots = parts
     draw_clips(clips, Path(read_json(runs[0] / "eval.json")["manifest"]))
-    losses, accuracies = plots.subplots(1, 2, width_ratios=(2, 1))
-    start = 0
+    losses, accuracies, seconds = plots.subplots(1, 3, width_ratios=(1.4, 1.3, 1))
     for run in runs:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses.plot([start + record["step"] for record in records], [r["loss"] for r in records], label=str(run))
-        start += records[-1]["step"]
+        records = read_metrics(run / "metrics.jsonl")
+        points = [(record["step"], record["loss"]) for record in records if "loss" in record]
+        losses.plot(*zip(*points, strict=True), label=name_of(run))
     losses.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
-    losses.legend(frameon=False)
-    for offset, (name, label) in enumerate((("eval", "frames in order"), ("eval_shuffled", "frames shuffled"))):
-        values = [100 * read_json(run / f"{name}.json")["top1"] for run in runs]
+    losses.legend(frameon=False, fontsize=8)
+    names = [f"{name_of(run)},\n{read_json(run / 'eval.json')['frames']} frames" for run in runs]
+    results = [read_json(run / "eval.json") for run in runs]
+    for offset, label in enumerate(("frames in order", "frames shuffled")):
+        values = [100 * (result["shuffled"] if offset else result)["top1"] for result in results]
         bars = accuracies.bar([i + 0.4 * offset for i in range(len(runs))], values, width=0.38, label=label)
         accuracies.bar_label(bars, fmt="%.0f %%", fontsize=8)
     accuracies.set(ylabel="top-1 on held-out clips, %", ylim=(0, 128))
-    accuracies.set_xticks([i + 0.2 for i in range(len(runs))], [f"stage {i + 1}" for i in range(len(runs))])
+    accuracies.set_xticks([i + 0.2 for i in range(len(runs))], names, fontsize=8)
     accuracies.legend(frameon=False, loc="upper center", ncols=2, fontsize=8)
+    bars = seconds.bar(names, [read_json(run / "summary.json")["seconds_per_step"] for run in runs], color="tab:gray")
+    seconds.bar_label(bars, fmt="%.2f s", fontsize=8)
+    seconds.set(ylabel="seconds per step")
+    seconds.tick_params(axis="x", labelsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

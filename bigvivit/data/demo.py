@@ -28,8 +28,8 @@ from bigvivit.versions import require
 if TYPE_CHECKING:
     import av
 
-TURNS = (2, 3, 5, 6)
-"""Of 8 frames over n turns, each n / 8 of a turn further: 2 look like 6 the other way, 3 like 5."""
+TURNS = (1, 3, 4, 5)
+"""Of 8 frames over n turns each is n / 8 of a turn further: 3 turns look like 5 the other way, and 4 like 4."""
 MOTIONS = tuple((f"{turns} turns clockwise", f"{turns} turns anticlockwise") for turns in TURNS)
 """A motion as it is drawn, and what the same frames show in reversed order."""
 SIDE = 64
