@@ -40,7 +40,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = folder / "copy"
     shutil.copytree(ROOT, copy, symlinks=True, ignore=leave_out)
     with tarfile.open(build(copy, "sdist")) as archive:
-        archive.extractall(folder / "sdist")
+        archive.extractall(folder / "sdist", filter="data")
     (source,) = (folder / "sdist").iterdir()
     wheel = build(source, "wheel")
     shutil.rmtree(copy)
