@@ -17,13 +17,13 @@ configure_uv() { # the interpreter whose pip is asked
     value=${value#\'}; value=${value%\'}
     value=$(printf '%b' "$value" | xargs) # lists have a line for each entry, or spaces between them
     case ${key##*.} in
-      index-url) export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$value} ;;
-      extra-index-url) export UV_INDEX=${UV_INDEX:-$value} ;;
-      find-links) export UV_FIND_LINKS=${UV_FIND_LINKS:-${value// /,}} ;;
-      constraint) export UV_CONSTRAINT=${UV_CONSTRAINT:-$value} ;;
-      trusted-host) export UV_INSECURE_HOST=${UV_INSECURE_HOST:-$value} ;;
-      cert) export SSL_CERT_FILE=${SSL_CERT_FILE:-$value} ;;
-      proxy) export HTTPS_PROXY=${HTTPS_PROXY:-$value} ;;
+      index-url) export UV_DEFAULT_INDEX=$value ;;
+      extra-index-url) export UV_INDEX=$value ;;
+      find-links) export UV_FIND_LINKS=${value// /,} ;;
+      constraint) export UV_CONSTRAINT=$value ;;
+      trusted-host) export UV_INSECURE_HOST=$value ;;
+      cert) export SSL_CERT_FILE=$value ;;
+      proxy) export HTTPS_PROXY=$value ;;
     esac
   done < <("$1" -m pip config list 2>/dev/null)
 }

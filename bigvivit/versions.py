@@ -43,10 +43,16 @@ class Package:
         return f'pip install "{wanted}"'
 
 
-def minor(version: str) -> tuple[int, int]:
-    """`2.14.1+cu130` → (2, 14): as far as versions are compared here."""
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+def release(version: str) -> tuple[int, ...]:
+    """`2.14.1+cu130` → (2, 14, 1); `0.20` → (0, 20, 0)."""
+    found = re.match(r"[\d.]*", version)
+    numbers = [int(number) for number in found[0].split(".") if number] if found else []
+    return (*numbers, 0, 0, 0)[: max(3, len(numbers))]
+
+
+def minor(version: str) -> tuple[int, ...]:
+    """`2.14.1+cu130` → (2, 14)."""
+    return release(version)[:2]
 
 
 PACKAGES: dict[str, Package] = {
@@ -61,7 +67,7 @@ PACKAGES: dict[str, Package] = {
         ),
         Package(name="safetensors", module="safetensors", range=">=0.8", tested=("0.8", "0.8"), use="weights"),
         Package(name="tyro", module="tyro", range=">=1.0.17", tested=("1.0", "1.0"), use="every command line"),
-        Package(name="rich", module="rich", range=">=14", tested=("14.0", "15.0"), use="tables on the terminal"),
+        Package(name="rich", module="rich", range=">=14.3", tested=("14.3", "15.0"), use="tables on the terminal"),
         Package(name="numpy", module="numpy", range=">=2", tested=("2.0", "2.5"), use="reading videos"),
         Package(
             name="torchvision", module="torchvision", range=">=0.26", tested=("0.26", "0.29"),
@@ -73,11 +79,11 @@ PACKAGES: dict[str, Package] = {
         ),
         Package(name="decord", module="decord", range=">=0.6", tested=("0.6", "0.6"), use="the faster video decoder"),
         Package(
-            name="deepspeed", module="deepspeed", range=">=0.19,<0.20", tested=("0.19", "0.19"),
+            name="deepspeed", module="deepspeed", range=">=0.19.8,<0.20", tested=("0.19", "0.19"),
             use="ZeRO: every --ds",
         ),
         Package(
-            name="bitsandbytes", module="bitsandbytes", range=">=0.49.2,<0.51", tested=("0.49", "0.50"),
+            name="bitsandbytes", module="bitsandbytes", range=">=0.50,<0.51", tested=("0.50", "0.50"),
             use="8-bit optimizers, storage in int8 and nf4",
         ),
         Package(name="accelerate", module="accelerate", range=">=1.13", tested=("1.13", "1.15"), use="its launcher"),
@@ -153,10 +159,10 @@ def require_known(what: str, name: str) -> None:
 
 
 def is_in_range(package: Package, version: str) -> bool:
-    """Whether a version is accepted, by its first two numbers: makers' builds and nightlies count as their release."""
+    """Whether a version is accepted: makers' builds and nightlies count as the release that they lead to."""
     least, most = (re.search(rf"{sign}([\d.]+)", package.range) for sign in (">=", "<"))
-    own = minor(version)
-    return (least is None or own >= minor(least[1])) and (most is None or own < minor(most[1]))
+    own = release(version)
+    return (least is None or own >= release(least[1])) and (most is None or own < release(most[1]))
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import pytest
 from tests.launching import ROOT
 
 
-def launch(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["./launch.sh", *words], check=False, cwd=folder, capture_output=True, text=True, env={**os.environ, **env}
-    )
+def launch(folder: Path, *words: str, **env: str | None) -> subprocess.CompletedProcess[str]:
+    """launch.sh with these variables; None takes one away."""
+    own = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    return subprocess.run(["./launch.sh", *words], check=False, cwd=folder, capture_output=True, text=True, env=own)
 
 
 def copy_checkout(folder: Path) -> None:
@@ -73,7 +73,9 @@ def test_uv_installs_where_it_is_there_by_pips_configuration(tmp_path: Path) -> 
     (tmp_path / "bin" / "uv").write_text(UV)
     (tmp_path / "bin" / "uv").chmod(0o755)
     (tmp_path / "pip.conf").write_text(PIP)
-    env = {name: "" for name in os.environ if name.startswith(("PIP_", "UV_", "SSL_", "HTTPS_"))}
+    env: dict[str, str | None] = {
+        name: None for name in os.environ if name.startswith(("PIP_", "UV_", "SSL_", "HTTPS_"))
+    }
     env |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     done = launch(tmp_path, "test", "-x", PYTHON=sys.executable, **env)
     assert done.returncode == 0, done.stderr

@@ -40,18 +40,18 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = folder / "copy"
     shutil.copytree(ROOT, copy, symlinks=True, ignore=leave_out)
     with tarfile.open(build(copy, "sdist")) as archive:
-        archive.extractall(folder / "sdist")
+        archive.extractall(folder / "sdist", filter="data")
     (source,) = (folder / "sdist").iterdir()
     wheel = build(source, "wheel")
     shutil.rmtree(copy)
     python = build_environment(folder / "env", everything_but())
     words = ["--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", *map(str, words)], check=True, capture_output=True)
+    run(sys.executable, "-m", "pip", *words, cwd=folder)
     return python
 
 
 def run(*words: object, cwd: Path) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which leads to the checkout
     done = subprocess.run([str(word) for word in words], check=False, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

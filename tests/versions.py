@@ -57,24 +57,25 @@ def table() -> None:
 
     rows = [json.loads((ROOT / ".versions" / f"{name}.json").read_text()) for name in ENVIRONMENTS]
     stem = write_report(ROOT / "bench/results", "versions", device=torch.device("cpu"), settings={}, rows=rows)
-    text = re.sub(r"bench/results/versions_\S+?\.md", f"bench/results/{stem.name}.md", PAGE.read_text())
-    PAGE.write_text(fill(text, rows))
+    PAGE.write_text(fill(PAGE.read_text(), rows, stem.name))
 
 
-def fill(text: str, rows: list[dict[str, Any]]) -> str:
+def fill(text: str, rows: list[dict[str, Any]], report: str) -> str:
     """The page with its two tables as they should be."""
-    for name, lines in (("versions", versions_table(rows)), ("parts", parts_table())):
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, lines=lines: found[1] + lines + found[2],
-                      text, flags=re.DOTALL)  # fmt: skip
+    for name, lines in (("versions", versions_table(rows, report)), ("parts", parts_table())):
+        head, rest = text.split(f"<!-- {name} -->\n")
+        text = f"{head}<!-- {name} -->\n{lines}{rest[rest.index('<!-- end -->') :]}"
     return text
 
 
-def versions_table(rows: list[dict[str, Any]]) -> str:
-    """A column for each environment."""
+def versions_table(rows: list[dict[str, Any]], report: str) -> str:
+    """A column for each environment, and where it is from; nothing before there are results."""
+    if not rows:
+        return ""
     lines = [["", *(row["environment"] for row in rows)], ["---"] * (len(rows) + 1)]
     lines += [[key, *(str(row[key] or "none") for row in rows)] for key in ("python", *SHOWN)]
     lines += [[f"tests {key}", *(str(row[key]) for row in rows)] for key in ("passed", "failed", "skipped")]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n[The report](../bench/results/{report}.md).\n"
 
 
 def parts_table() -> str:

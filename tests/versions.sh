@@ -44,6 +44,11 @@ make_lowest() {
   make_environment lowest "$python" --constraint .versions/lowest.txt --editable '.[test]'
 }
 
+make_newest() {
+  local python; python=$(find_python "${NEWEST[@]}")
+  make_environment newest "$python" --upgrade --upgrade-strategy eager --editable '.[test,torchcodec]'
+}
+
 run_suite() { # name
   local code=0
   PATH="$PWD/.versions/$1/bin:$PATH" ".versions/$1/bin/python" -m pytest --junitxml ".versions/$1.xml" || code=$?
@@ -86,8 +91,7 @@ goldens() {
 case "${1:-}" in
   lowest) make_lowest; run_suite lowest ;;
   shipped) make_environment shipped "${PYTHON:-python3}" --editable '.[test]'; run_suite shipped ;;
-  newest) make_environment newest "$(find_python "${NEWEST[@]}")" --upgrade --upgrade-strategy eager --editable '.[test,torchcodec]'
-    run_suite newest ;;
+  newest) make_newest; run_suite newest ;;
   table) .versions/shipped/bin/python tests/versions.py table ;;
   short) make_lowest; short ;;
   goldens) goldens ;;

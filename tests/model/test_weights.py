@@ -63,8 +63,9 @@ def test_swiglu_as_facebook_published_it(tmp_path: Path) -> None:
     assert any("mlp.weights_in" in key for key in load_file(tmp_path / "model.safetensors"))
     spec = resolve_tower(str(tmp_path))
     tower = load(spec, open_weights(spec, tmp_path, 1), tubelet=1, image_size=32)
-    torch.testing.assert_close(tower.layers[2].mlp.up_proj.weight, model.encoder.layer[2].mlp.up_proj.weight)
-    torch.testing.assert_close(tower.layers[2].mlp.gate_proj.bias, model.encoder.layer[2].mlp.gate_proj.bias)
+    loaded, expected = (dict(mlp.named_parameters()) for mlp in (tower.layers[2].mlp, model.encoder.layer[2].mlp))
+    assert len(expected) in (4, 6)  # by the version of transformers: one matrix, or two
+    torch.testing.assert_close(loaded, expected)
 
 
 def test_several_files_and_another_type(tmp_path: Path) -> None:
