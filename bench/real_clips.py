@@ -33,6 +33,7 @@ from bigvivit.training.report import run_bench, write_report
 FOLDS: tuple[tuple[int, ...], ...] = ((14, 15, 16, 17), (1, 2, 3), (4, 5, 6), (7, 8, 9, 10), (11, 12, 13))
 """Serials of the recordings that each fold tests on."""
 CLIP = ("--clip.size", "112", "--clip.resize", "128", "--clip.no-flip")  # left and right are classes
+ONE_VIEW = ("--views", "1", "--crops", "1", "--shuffle-frames", "--workers", "0")
 CHANCE, DRAWS = 0.1, 10_000
 Correct = dict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]]
 """By arm and frames: whether each clip was right [seeds, clips], in order and shuffled."""
@@ -130,7 +131,7 @@ def words(arguments: Arguments, arm: Arm, fold: int | str, seed: int) -> list[st
     """What follows `bigvivit train`, or `bigvivit cache`, on the command line."""
     line = ["--preset", "small", "--stage", str(arm.stage), "--data.train", str(arguments.out / f"train{fold}.csv")]
     line += ["--clip.frames", str(arm.frames), *CLIP, "--memory.compute", "bf16", "--seed", str(seed)]
-    line += ["--data.workers", "1", "--save-every", "0"]
+    line += ["--data.workers", "0", "--save-every", "0"]  # every core has a run, and a worker would import all anew
     if arm.stage == 2:
         # Of a tower that one run alone is above, four views cost more than they save: each is filled by this run.
         line += ["--data.cache", str(arguments.out / "cache"), "--data.cache-views", "4"]
@@ -180,7 +181,7 @@ def train_and_evaluate(arguments: Arguments, arm: Arm, fold: int, seed: int) -> 
     if not (run / "checkpoint.json").exists():
         call(["train", *words(arguments, arm, fold, seed), "--out", str(run)])
     test = arguments.out / f"test{fold}.csv"
-    call(["eval", str(run), "--manifest", str(test), "--views", "1", "--crops", "1", "--shuffle-frames"])
+    call(["eval", str(run), "--manifest", str(test), *ONE_VIEW])
     return run.name
 
 

@@ -1,7 +1,7 @@
 """Both stages of a method run, written down: `python bench/two_stages.py RUN [RUN ...]`, after training and evaluation.
 
-Reads what the runs' folders hold (`./launch.sh` leaves `runs/demo/stage1`, `stage2` and `everything`) and writes a report with a
-picture: clips it was evaluated on, losses, accuracy with frames in order and shuffled, and time.
+Reads what the runs' folders hold (`./launch.sh` leaves `runs/demo/stage1`, `stage2` and `everything`) and writes a
+report with a picture: clips it was evaluated on, losses, accuracy with frames in order and shuffled, and time.
 """
 
 from __future__ import annotations
