@@ -482,7 +482,3 @@ class EvalConfig:
             raise ConfigError(f"workers={self.workers} must not be negative")
         if not self.runs:
             raise ConfigError("no run is given: name the folder of at least one")
-        if self.cache is not None and self.shuffle_frames:
-            raise ConfigError(
-                f"cache={self.cache} keeps vectors of frames in their order: leave it out with --shuffle-frames"
-            )

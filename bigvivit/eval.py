@@ -54,7 +54,12 @@ def evaluate_runs(config: EvalConfig) -> list[dict[str, Any]]:
     require("reading videos", "av", "torchvision")
     require("evaluating", "torchmetrics", "matplotlib")
     runs = [(run, header := read_header(run), read_manifest(config.manifest, header.classes)) for run in config.runs]
-    for run in config.runs:
+    for run, header, _ in runs:
+        if config.cache is not None and config.shuffle_frames and header.model.tubelet != 1:
+            raise ConfigError(
+                f"cache={config.cache} with shuffle_frames: {run} has one vector for {header.model.tubelet} frames, "
+                f"whose order cannot be changed any more; leave one of them out"
+            )
         if not os.access(run, os.W_OK):
             raise ConfigError(f"{run}: no permission to write there, where the result goes; evaluate a copy of it")
     rank, world = rank_and_world()

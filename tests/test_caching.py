@@ -150,7 +150,20 @@ def test_evaluation_is_the_same(videos: Path, runs: Runs, tmp_path: Path, no_vid
     assert call(*evaluate, "--cache", tmp_path / "cache", "--views", 1, "--crops", 1).returncode == 0
     done = call(*evaluate, "--cache", tmp_path / "cache", "--shuffle-frames")
     assert done.returncode == 2
-    assert "keeps vectors of frames in their order" in done.stderr
+    assert "has one vector for 2 frames, whose order cannot be changed any more" in done.stderr
+
+
+def test_vectors_of_single_frames_are_shuffled_as_frames_are(videos: Path, tmp_path: Path) -> None:
+    manifest = write_manifest(videos, "all.csv", range(12))
+    tower = ["--model.tower", "vit-demo", "--model.tower-init", "random", "--model.tubelet", 1]
+    done = call("train", "--out", tmp_path / "run", *FIXED, *tower, "--data.train", manifest)
+    assert done.returncode == 0, done.stderr
+    evaluate = ["eval", tmp_path / "run", "--manifest", manifest, "--workers", 0, "--shuffle-frames", "--views", 2]
+    results = []
+    for words in ([], ["--cache", tmp_path / "cache"], ["--cache", tmp_path / "cache"]):
+        assert call(*evaluate, *words).returncode == 0
+        results.append([(tmp_path / "run" / f"eval.{kind}").read_bytes() for kind in ("json", "csv")])
+    assert results[0] == results[1] == results[2]
 
 
 def test_a_broken_video_costs_no_more_than_its_replacement(

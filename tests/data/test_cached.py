@@ -134,7 +134,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder: Path, tmp_path: Path)
     clips = [*manifest_of(folder, range(4)).clips]
     clips.insert(1, Clip(tmp_path / "broken.mp4", 0))
     manifest = Manifest(folder / "clips.csv", tuple(clips), ("a", "b"))
-    options = {"views": 2, "crops": 1, "batch_size": 3, "workers": 0, "rank": 0, "world": 1, "seed": 0}
+    options = {"views": 2, "crops": 1, "batch_size": 3, "workers": 0, "rank": 0, "world": 1}
     plain = build_eval_loader(CLIP, manifest, **options)  # type: ignore[arg-type]
     store = FeatureStore(tmp_path / "cache", "key", (2, 2, WIDTH), torch.float32)
     tower = CountingTower()
