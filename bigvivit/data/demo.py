@@ -135,8 +135,8 @@ def draw_video(turns: int, generator: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def draw_path(turns: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Where the object is, (x, y) [count, 2] in pixels: round a centre at an even speed, from anywhere."""
-    angle = generator.uniform(0, 2 * np.pi) + 2 * np.pi * turns * np.arange(count) / count
+    """Where the object is, (x, y) [count, 2] in pixels: round a centre at an even speed, from about the top."""
+    angle = np.deg2rad(-90 + generator.uniform(-20, 20)) + 2 * np.pi * turns * np.arange(count) / count
     centre = SIDE / 2 + generator.uniform(-4, 4, 2)
     # y points down, so a growing angle turns clockwise.
     return centre + generator.uniform(15, 19) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
