@@ -63,24 +63,24 @@ class Saver:
 
     def write_checkpoint(self, folder: Path, step: int, scores: dict[str, float] | None) -> None:
         """The model as a finished stage leaves it, and what training needs besides."""
-        with self.engine.averaged():  # the optimizer's state then holds the weights themselves
+        with self.engine.averaged():  # the optimizer's state then holds the weights themselves, until it is written
             self.write_model(folder, scores)
             if self.heads:
                 self.write_bank(folder)
-            optimizer_state = self.engine.gather_optimizer()
-        random = gather_random(self.rank, self.world)
+            optimizer_state, random = self.engine.gather_optimizer(), gather_random(self.rank, self.world)
+            if self.rank == 0:
+                write_progress(
+                    folder,
+                    step=step,
+                    config=self.config,
+                    world=self.world,
+                    zero_stage=self.zero_stage,
+                    val_top1=scores["val_top1"] if scores else None,
+                    scheduler=scheduler_state(self.engine.scheduler),
+                    optimizer=optimizer_state,
+                    random=random,
+                )
         if self.rank == 0:
-            write_progress(
-                folder,
-                step=step,
-                config=self.config,
-                world=self.world,
-                zero_stage=self.zero_stage,
-                val_top1=scores["val_top1"] if scores else None,
-                scheduler=scheduler_state(self.engine.scheduler),
-                optimizer=optimizer_state,
-                random=random,
-            )
             commit_checkpoint(folder, self.config.keep)
 
     def finish(self, summary: dict[str, Any], scores: dict[str, float] | None) -> None:
