@@ -7,6 +7,7 @@ begins with, and the original's form. Folds 1 to 4, so that the recordings of fo
 from __future__ import annotations
 
 import csv
+import statistics
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from bench.real_clips import ARMS, FOLDS, ONE_VIEW, Arguments, fill_cache, run_folder, words, write_folds
+from bench.real_clips import ARMS, FOLDS, ONE_VIEW, Arguments, fill_cache, words, write_folds
 from bigvivit import cli, train
 from bigvivit.model.temporal import POSITION_STD
 from bigvivit.training.report import run_bench, write_report
+from bigvivit.training.summary import read_metrics
 
 SIZES = (0.5, 1.0, 2.0, 4.0)
 ARM = ARMS[0]
@@ -47,6 +49,9 @@ def main(arguments: SizeArguments) -> None:
         ]
         ordered, shuffled = (sum(column) / len(right) for column in zip(*right, strict=True))
         row = {"temporal_input": form, "position_size": size, "shipped": (form, size) == ("centred", shipped)}
+        row["order_change"] = statistics.median(
+            read_order(arguments, form, size, fold) for fold in range(1, len(FOLDS))
+        )
         rows.append({**row, "clips": len(right), "top1": ordered, "top1_shuffled": shuffled, "evidence": "measured"})
     settings = {"arm": f"{ARM.name}, {ARM.frames} frames", "folds": FOLDS[1:], "seed": 0}
     stem = write_report(arguments.results, "position_size", device=torch.device("cpu"), settings=settings, rows=rows)
@@ -55,13 +60,23 @@ def main(arguments: SizeArguments) -> None:
 
 def train_and_evaluate(arguments: Arguments, form: str, size: float, fold: int) -> list[tuple[bool, bool]]:
     """(right in order, right shuffled) of each clip of a fold. In this process, whose constant is another."""
-    run = run_folder(arguments, ARM, fold, 0).with_name(f"{form} {size} fold{fold}".replace(" ", "_"))
+    run = folder_of(arguments, form, size, fold)
     if not (run / "eval.csv").exists():
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             train.main([*words(arguments, ARM, fold, 0), "--model.temporal-input", form, "--out", str(run)])
             cli.evaluate([str(run), "--manifest", str(arguments.out / f"test{fold}.csv"), *ONE_VIEW])
     with (run / "eval.csv").open() as file:
         return [(row["top1"] == row["label"], row["top1_shuffled"] == row["label"]) for row in csv.DictReader(file)]
+
+
+def folder_of(arguments: Arguments, form: str, size: float, fold: int) -> Path:
+    """Of one run."""
+    return arguments.out / f"{form}_{size}_fold{fold}"
+
+
+def read_order(arguments: Arguments, form: str, size: float, fold: int) -> float:
+    """What a run measured before its first step."""
+    return float(read_metrics(folder_of(arguments, form, size, fold) / "metrics.jsonl")[0]["order_change"])
 
 
 if __name__ == "__main__":

@@ -280,6 +280,27 @@ def interval(values: np.ndarray, serials: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def docs_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of a report as docs/learning.md shows them; a test holds the page to it."""
+    lines = ["| | frames | seeds | top-1 | held out | shuffled | over logistic |", "| --- " * 7 + "|"]
+    for row in rows:
+        shuffled = "" if row["top1_shuffled"] is None else f"{row['top1_shuffled']:.1%}"
+        over = "" if row["arm"].startswith("logistic") else describe_difference(row)
+        cells = [row["arm"], row["frames"], row["seeds"]]
+        cells += [f"{row['top1']:.1%} ({row['top1_low']:.1%} to {row['top1_high']:.1%})"]
+        cells += [f"{row['top1_held_out']:.1%}", shuffled, over]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def describe_difference(row: dict[str, Any]) -> str:
+    """To the best logistic regression."""
+    if row["verdict"] == "not resolved":
+        return "not resolved"
+    low, high = row["top1_over_logistic_low"], row["top1_over_logistic_high"]
+    return f"{row['top1_over_logistic']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy of each arm with its interval, and shuffled."""
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")

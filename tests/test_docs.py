@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.real_clips import docs_table
 from bigvivit.versions import PACKAGES, minor
 from tests.launching import ROOT
 from tests.versions import ENVIRONMENTS, PAGE, fill
@@ -37,6 +38,14 @@ def test_what_is_called_tested_was() -> None:
     for name, package in PACKAGES.items():
         ran = sorted({minor(row[name]) for row in rows.values() if row[name] is not None})
         assert (ran[0], ran[-1]) == tuple(map(minor, package.tested)), name
+
+
+def test_the_table_of_real_clips_is_the_linked_reports() -> None:
+    page = (ROOT / "docs" / "learning.md").read_text()
+    (report,) = set(re.findall(r"bench/results/(real_clips_\S+?)\.md", page))
+    rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    assert docs_table(rows) in page
+    assert all(row["evidence"] == "measured" for row in rows)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

@@ -50,7 +50,7 @@ def describe_span(span: Span, clip: ClipConfig, before: float | None) -> str:
     """A line for the log. `before` is what the clips of the stage before span, in seconds."""
     how = "one frame of each equal part of a video"
     if clip.stride is not None:
-        how = f"every {clip.stride}. frame" if clip.stride > 1 else "every frame"
+        how = f"one in {clip.stride} frames" if clip.stride > 1 else "every frame"
     if clip.fps is not None:
         how = f"{clip.fps:g} a second"
     line = (

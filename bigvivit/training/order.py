@@ -13,8 +13,8 @@ from bigvivit.memory.ranks import gather_over_ranks
 from bigvivit.training.step import LabelledClips
 
 BLIND = 0.05
-"""Below this, order is too faint to be learnt: 0.0035 at the original's positions on DINOv2's vectors, which ended at
-chance, and 0.3 to 1 at positions of the vectors' size, which did not (docs/learning.md)."""
+"""Below this, order is too faint to be learnt: positions that are lost in the vectors give thousandths, those of the
+vectors' size about 1 (bench/position_size.py has both, and what was learnt from them)."""
 
 
 def measure_order(engine: Engine, batches: Sequence[LabelledClips]) -> float | None:
