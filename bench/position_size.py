@@ -22,7 +22,7 @@ from bigvivit.model.temporal import POSITION_STD
 from bigvivit.training.report import run_bench, write_report
 from bigvivit.training.summary import read_metrics
 
-SIZES = (0.5, 1.0, 2.0, 4.0)
+SIZES = (1.0, 2.0, 4.0)
 ARM = ARMS[0]
 
 
