@@ -18,6 +18,7 @@ from bigvivit.assemble import open_tower
 from bigvivit.caching import RunCache
 from bigvivit.config import ClipConfig, ModelConfig
 from bigvivit.data import loader
+from bigvivit.data.demo import MOTIONS
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower
 from tests.data.videos import write_video
@@ -35,7 +36,7 @@ from tests.launching import (
     train,
 )
 
-CLASSES = ("right", "left", "down", "up")
+CLASSES = tuple(label for pair in MOTIONS for label in pair)[:4]
 FIXED = [
     *("--stage", 2, "--clip.frames", 16, "--clip.stride", 2, "--clip.size", 48, "--clip.resize", 48),
     *("--clip.min-scale", 1, "--clip.max-scale", 1, "--clip.no-flip", "--data.workers", 0, "--log-every", 1),

@@ -17,6 +17,7 @@ def test_help_names_every_command() -> None:
     done = subprocess.run([BIN / "bigvivit"], check=True, capture_output=True, text=True, timeout=60)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
         "train",
+        "cache",
         "eval",
         "predict",
         "plan",
@@ -31,7 +32,8 @@ def test_help_names_every_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "plan", "drift", "towers", "check", "report", "replay", "demo", "doctor"]
+    "command",
+    ["train", "cache", "eval", "predict", "plan", "drift", "towers", "check", "report", "replay", "demo", "doctor"],
 )
 def test_each_command_explains_itself(command: str) -> None:
     done = call(command, "--help")
@@ -42,7 +44,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    known = "train, eval, predict, plan, drift, towers, check, report, replay, demo, doctor"
+    known = "train, cache, eval, predict, plan, drift, towers, check, report, replay, demo, doctor"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 

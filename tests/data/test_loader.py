@@ -256,14 +256,8 @@ def test_a_shuffled_order_is_any_but_the_given_one() -> None:
 
 
 def test_a_window_in_seconds(tmp_path: Path) -> None:
-    class Video:
-        fps = 10.0
-
-        def __len__(self) -> int:
-            return 50
-
     def frames(start: float | None, end: float | None) -> range:
-        return window(Video(), Clip(tmp_path, 0, start, end))  # type: ignore[arg-type]
+        return window(50, 10.0, Clip(tmp_path, 0, start, end))
 
     assert frames(None, None) == range(50)
     assert frames(1.2, 3.0) == range(12, 30)
