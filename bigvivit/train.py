@@ -248,11 +248,10 @@ def build_and_train(job: Job, device: torch.device, board: Board, stop: StopSign
     from bigvivit.training import loop
     from bigvivit.training.bank import build_bank_optimizer, head_table
     from bigvivit.training.failed_clips import Failures, TooManyFailuresError
-    from bigvivit.training.metrics import MetricsLog
+    from bigvivit.training.metrics import MetricsLog, build_head_table
     from bigvivit.training.optim import build_optimizer, build_scheduler
     from bigvivit.training.patience import resume_patience
     from bigvivit.training.state import restore_random, restore_scheduler
-    from bigvivit.training.summary import build_head_table
     from bigvivit.training.tower_pass import TowerPass
 
     config, rank, world = job.config, job.rank, job.world

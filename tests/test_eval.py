@@ -175,7 +175,6 @@ def test_shuffled_frames_are_a_column_of_the_same_pass(runs: Runs, demo: Path) -
         pytest.approx(right["ordered"]),
         pytest.approx(right["shuffled"]),
     )
-    assert result["top1"] != result["shuffled"]["top1"]
     with (runs["plain1"] / "eval.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == [manifest.classes[clip.label] for clip in manifest.clips]

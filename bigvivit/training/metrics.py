@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from bigvivit.training.checkpoint import explain_full_disk
+from bigvivit.training.report import format_cell
 from bigvivit.units import format_bytes
 
 
@@ -108,3 +110,22 @@ class MetricsLog:
         if self.board is not None:
             with suppress(OSError):
                 self.board.close()
+
+
+HEADS = ("head", "lr", "weight_decay", "depth", "loss", "val_top1", "val_loss")
+"""Columns of a probe bank's table."""
+
+
+def head_cells(entry: dict[str, Any]) -> list[str]:
+    """A head's row; a dash for what one that diverged has not."""
+    written = [format_cell("top1" if key == "val_top1" else key, entry[key]) or "-" for key in HEADS]
+    return [*written, "best" if entry["best"] else ""]
+
+
+def build_head_table(heads: list[dict[str, Any]]) -> Table:
+    """A probe bank on the terminal, the best head first."""
+    table = Table(*HEADS, "", title="probe bank, by validation")
+    order = sorted(heads, key=lambda entry: (not entry["best"], -(entry["val_top1"] or 0.0), entry["head"]))
+    for entry in order:
+        table.add_row(*head_cells(entry))
+    return table

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bigvivit.config import ConfigError
 from bigvivit.training.checkpoint import HEADER
+from bigvivit.training.metrics import HEADS, head_cells
 from bigvivit.training.plots import draw_curves
 from bigvivit.training.progress import flatten
 from bigvivit.training.report import format_cell
@@ -125,25 +126,6 @@ def describe_memory(ranks: list[dict[str, int | None]]) -> list[str]:
     for who, values in peaks.items():
         lines.append(row(who, *(format_cell(name, values.get(name)) for name in names)))
     return lines
-
-
-HEADS = ("head", "lr", "weight_decay", "depth", "loss", "val_top1", "val_loss")
-"""Columns of a probe bank's table."""
-
-
-def head_cells(entry: dict[str, Any]) -> list[str]:
-    """A head's row; a dash for what one that diverged has not."""
-    written = [format_cell("top1" if key == "val_top1" else key, entry[key]) or "-" for key in HEADS]
-    return [*written, "best" if entry["best"] else ""]
-
-
-def build_head_table(heads: list[dict[str, Any]]) -> Table:
-    """A probe bank on the terminal, the best head first."""
-    table = Table(*HEADS, "", title="probe bank, by validation")
-    order = sorted(heads, key=lambda entry: (not entry["best"], -(entry["val_top1"] or 0.0), entry["head"]))
-    for entry in order:
-        table.add_row(*head_cells(entry))
-    return table
 
 
 def write_page(run: Path) -> Path:
