@@ -49,6 +49,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Time all in turn, compare, write."""
+    arguments.results.mkdir(parents=True, exist_ok=True)
     kept = arguments.results / "probe_bank.partial.jsonl"
     rounds = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if len(rounds) < arguments.repeats:
