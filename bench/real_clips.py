@@ -55,8 +55,9 @@ class Arguments:
     """Seeds of each arm on the published tower."""
     tower_seeds: int = 1
     """Seeds of each arm that trains a tower, or starts from one: stage 1, stage 2 after it, and full training."""
-    arms: tuple[str, ...] = ("stage 2, published tower", "stage 1", "stage 2, after stage 1", "everything trained")
-    """Ways of training, by name; those that train a tower take most of the time."""
+    arms: tuple[str, ...] = ()
+    """Ways of training, as the report names them, "stage 1, 8 frames" [default: all; those that train a tower take most
+    of the time]."""
     jobs: int = 2
     """Runs at a time, each on one core."""
     results: Path = Path(__file__).parent / "results"
@@ -72,6 +73,11 @@ class Arm:
     stage: int
     after: str | None = None
     """The arm whose run it starts from."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.name}, {self.frames} frames"
 
     @property
     def trains_a_tower(self) -> bool:
@@ -91,21 +97,21 @@ ARMS = (
 
 def main(arguments: Arguments) -> None:
     """Folds, runs, rows, report."""
-    if unknown := set(arguments.arms) - {arm.name for arm in ARMS}:
-        raise ConfigError(f"arms={', '.join(sorted(unknown))}: known are {', '.join({arm.name: 0 for arm in ARMS})}")
+    wanted = [arm for arm in ARMS if arm.label in arguments.arms or not arguments.arms]
+    if unknown := set(arguments.arms) - {arm.label for arm in ARMS}:
+        raise ConfigError(f"arms={'; '.join(sorted(unknown))}: known are {'; '.join(arm.label for arm in ARMS)}")
     if not (arguments.data / "clips.csv").is_file():
         raise ConfigError(f"data={arguments.data} holds no clips.csv: give the folder of the data set")
     arguments.out.mkdir(parents=True, exist_ok=True)
     serials = write_folds(arguments)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(partial(fill_cache, arguments), sorted({arm.frames for arm in ARMS if not arm.trains_a_tower})))
-    wanted = [arm for arm in ARMS if arm.name in arguments.arms]
     for later in (False, True):  # what starts from another arm comes after it
         run_all(arguments, [arm for arm in wanted if (arm.after is not None) == later])
     correct: Correct = {(arm.name, arm.frames): read_correct(arguments, arm) for arm in wanted}
     correct |= {key: (values[None], None) for key, values in regress(arguments).items()}
     rows = list(build_rows(correct, serials))
-    left_out = ", ".join(f"{arm.name}, {arm.frames} frames" for arm in ARMS if arm not in wanted)
+    left_out = "; ".join(arm.label for arm in ARMS if arm not in wanted)
     settings = {
         "not_run": left_out or "nothing",
         "folds": FOLDS,
