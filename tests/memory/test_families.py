@@ -61,7 +61,7 @@ def test_a_tower_from_timm_in_every_form(name: str, tmp_path: Path) -> None:
         return model
 
     exact = build(storage="fp32")(images)
-    for storage, least in (("bf16", 0.9999), ("int8", 0.999), ("nf4", 0.9)):
+    for storage, least in (("bf16", 0.9999), ("int8", 0.999), ("nf4", 0.95)):
         here = build(storage=storage, chunk=2)(images)
         assert least <= torch.nn.functional.cosine_similarity(here, exact).min() < 1, storage
         for placement in ("cpu", "disk"):
