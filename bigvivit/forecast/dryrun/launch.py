@@ -1,0 +1,199 @@
+"""A command started on virtual GPUs, followed to its end, and what its ranks wrote of themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bigvivit.config import ConfigError
+from bigvivit.forecast import virtual_gpu
+from bigvivit.forecast.dryrun import sandbox
+
+VARIABLE = "BIGVIVIT_DRYRUN"
+"""What the recorder in each process reads."""
+GRACE_SECONDS = 30.0
+"""How long a command may go on after all of its ranks have done their steps."""
+END_SECONDS = 10.0
+"""How long its processes may take from SIGTERM to SIGKILL."""
+TAIL_LINES = 20
+"""Last lines of a failed program's output that are shown."""
+
+Word = Literal["fits", "out of memory", "failed", "no GPU used"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A dry run that is wanted."""
+
+    command: tuple[str, ...]
+    gpu: str
+    gpus: int
+    steps: int
+    sandbox: bool = False
+    conf: str | None = None
+    """PYTORCH_ALLOC_CONF of the run; None leaves the user's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one ended."""
+
+    request: Request
+    exit_code: int
+    """Of the command; negative: the signal that ended it."""
+    records: tuple[dict[str, Any], ...]
+    """What each process wrote that used a GPU, by rank."""
+    output: str
+    """All that it printed."""
+    seconds: float
+
+    @property
+    def word(self) -> Word:
+        """The verdict. Only a program that ended well, or whose every rank did its steps, fits."""
+        done = bool(self.records) and all(record["ended"] == "steps" for record in self.records)
+        broke = self.exit_code != 0 and not (done and len(self.ranks) >= self.world)
+        if any(record["error_is_out_of_memory"] for record in self.records):
+            return "out of memory"
+        if broke and any(record["shortages"] for record in self.records if record["ended"] != "steps"):
+            return "out of memory"
+        if broke:
+            return "failed"
+        return "fits" if self.records else "no GPU used"
+
+    @property
+    def ranks(self) -> tuple[dict[str, Any], ...]:
+        """Records of the processes that trained; where none did, of all that used a GPU."""
+        return tuple(record for record in self.records if record["steps"]) or self.records
+
+    @property
+    def world(self) -> int:
+        """Ranks that there should be."""
+        return max((record["world"] for record in self.records), default=1)
+
+    @property
+    def shortage(self) -> dict[str, Any] | None:
+        """The allocation that ended the program: the last that failed."""
+        failed = [record["shortages"][-1] for record in self.records if record["shortages"]]
+        return failed[-1] if failed and self.word == "out of memory" else None
+
+    @property
+    def error_text(self) -> str:
+        """PyTorch's own words, from the process that died of it or from what was printed."""
+        for record in self.records:
+            if record["error_is_out_of_memory"]:
+                return str(record["error"]["text"]).strip()
+        found = re.findall(r"(?:OutOfMemoryError|RuntimeError): (.*out of memory.*)", self.output)
+        return found[-1].strip() if found else ""
+
+    @property
+    def caught(self) -> int:
+        """Failed allocations that the program lived with."""
+        return sum(len(record["shortages"]) for record in self.records) if self.word == "fits" else 0
+
+    def peak(self, key: str) -> int:
+        """The most of a counter, such as `peak_reserved_bytes`, over all ranks and devices."""
+        return max((device[key] for record in self.records for device in record["devices"]), default=0)
+
+    @property
+    def tail(self) -> str:
+        """The last lines that it printed."""
+        return "\n".join(self.output.rstrip().splitlines()[-TAIL_LINES:])
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Where ranks write; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bigvivit_dryrun_", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcome:
+    """Run the command to the end of its steps, or its own. `folder` then holds each rank's events, and the snapshot of
+    rank 0 where it is wanted. Raises ConfigError where there is no such program or no virtual GPU."""
+    environment = prepare_environment(request, folder, snapshot)
+    words = find_program(request.command, environment)
+    if request.sandbox:
+        words = sandbox.wrap(words, folder)
+        environment |= sandbox.OFFLINE
+    began, log = time.monotonic(), folder / "output.txt"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait(process, folder)
+        finally:
+            end_group(process)
+    return Outcome(
+        request=request,
+        exit_code=process.returncode,
+        records=read_records(folder),
+        output=log.read_text(errors="replace"),
+        seconds=time.monotonic() - began,
+    )
+
+
+def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
+    """The user's, on virtual GPUs, with what the recorder must know."""
+    settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot}
+    environment = {**os.environ, **virtual_gpu.environment(request.gpu, gpus=request.gpus)}
+    environment[VARIABLE] = json.dumps(settings)
+    if request.conf is not None:
+        environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        environment["PYTORCH_ALLOC_CONF"] = request.conf
+    return environment
+
+
+def find_program(command: tuple[str, ...], environment: dict[str, str]) -> list[str]:
+    """The words, if their first is a program; one that lies beside this Python is found without its environment being
+    activated."""
+    if shutil.which(command[0]) is None:
+        beside = str(Path(sys.executable).parent)
+        if shutil.which(command[0], path=beside) is None:
+            raise ConfigError(f"{command[0]!r} is no program that can be run: give the command as in your shell")
+        environment["PATH"] = f"{beside}:{environment.get('PATH', '')}"
+    return [shutil.which(command[0], path=environment.get("PATH")) or command[0], *command[1:]]
+
+
+def wait(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until the command has ended; one that goes on after all ranks are done (to evaluate what was never saved) is not
+    waited for."""
+    done_since = None
+    while process.poll() is None:
+        records = read_records(folder)
+        trained = [record for record in records if record["ended"] == "steps"]
+        if trained and len(trained) >= trained[0]["world"]:
+            done_since = done_since or time.monotonic()
+            if time.monotonic() - done_since > GRACE_SECONDS:
+                return
+        time.sleep(0.1)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Whatever is left of the command, its launchers and workers."""
+    for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+                continue
+    process.wait()
+
+
+def read_records(folder: Path) -> tuple[dict[str, Any], ...]:
+    """By rank."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return tuple(sorted(records, key=lambda record: (record["rank"], record["pid"])))
