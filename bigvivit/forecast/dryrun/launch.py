@@ -30,6 +30,9 @@ END_SECONDS = 10.0
 TAIL_LINES = 20
 """Last lines of a failed program's output that are shown."""
 
+ERROR_LINE = re.compile(r"(\[rank[0-9]+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+"""The line that ends a traceback, behind the rank that torchrun's processes may write first."""
+
 Word = Literal["fits", "out of memory", "failed", "no GPU used"]
 
 
@@ -108,8 +111,13 @@ class Outcome:
 
     @property
     def tail(self) -> str:
-        """The last lines that it printed."""
-        return "\n".join(self.output.rstrip().splitlines()[-TAIL_LINES:])
+        """The end of the first traceback that was printed, before what a launcher says of it; else the last lines."""
+        lines = self.output.rstrip().splitlines()
+        first = next((number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+        if first is not None:
+            ends = (number for number in range(first, len(lines)) if ERROR_LINE.match(lines[number]))
+            lines = lines[first : next(ends, len(lines) - 1) + 1]
+        return "\n".join(lines[-TAIL_LINES:])
 
 
 @contextlib.contextmanager
@@ -184,13 +192,10 @@ def wait(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """Whatever is left of the command, its launchers and workers."""
-    for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
-        with contextlib.suppress(ProcessLookupError):
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-                continue
-    process.wait()
+            process.wait(END_SECONDS)
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], ...]:
