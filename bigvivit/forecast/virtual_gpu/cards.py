@@ -41,7 +41,8 @@ def describe(gpu: str, gpus: int, memory_bytes: int | None) -> str:
     if not 1 <= gpus <= MAX_GPUS:
         raise ConfigError(f"gpus={gpus} must be 1 to {MAX_GPUS}, what one node holds")
     row = find_card(gpu, memory_bytes)
-    assert row.device is not None and row.capability is not None
+    assert row.device is not None
+    assert row.capability is not None
     shared, threads, blocks = PER_CAPABILITY[row.capability]
     fields = {
         "name": row.device.name,

@@ -37,7 +37,8 @@ class Waiting(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert self._loader is not None and module.__spec__ is not None
+        assert self._loader is not None
+        assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._callback(module)

@@ -62,15 +62,15 @@ class Child:
         self._env = env
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._shown = 0
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """What `function` returns in the child. Function, arguments and result cross by pickle, so the function must be
         importable by its name.
 
-        Raises what the function raises, caused by an error that holds the child's traceback; VirtualGpuError where the child ends;
-        ConfigError for what cannot cross.
+        Raises what the function raises, caused by an error that holds the child's traceback; VirtualGpuError where the
+        child ends; ConfigError for what cannot cross.
         """
         try:
             message = pickle.dumps((function, args, kwargs))

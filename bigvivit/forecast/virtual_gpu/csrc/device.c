@@ -17,9 +17,9 @@ static __thread int current, last_error;
 
 _Noreturn void unanswered(const char *symbol) {
     fprintf(stderr,
-            "bigvivit's virtual GPU has no answer to %s: the program needs a part of CUDA that is not imitated. "
-            "Please report the symbol's name and the Python lines below.\n",
-            symbol);
+            "bigvivit's virtual GPU has no answer to %s: the program needs a part of CUDA that is not imitated%s. "
+            "The Python lines that asked for it follow.\n",
+            symbol, strncmp(symbol, "cudnn", 5) ? "" : " (torch.backends.cudnn.enabled = False goes round cuDNN)");
     abort();
 }
 
