@@ -79,9 +79,7 @@ def dryrun(argv: list[str]) -> None:
     command = tuple(argv[place + 1 :])
     if not command:
         raise ConfigError(f"no command is given: write it behind --, such as {EXAMPLE}")
-    request = Request(
-        command=command, gpu=config.gpu, gpus=config.gpus, steps=config.steps, sandbox=config.sandbox
-    )
+    request = Request(command=command, gpu=config.gpu, gpus=config.gpus, steps=config.steps, sandbox=config.sandbox)
     if config.search is not None:
         sys.exit(search_value(config, request, parse_template(config.search)))
     with scratch_folder() as folder:
@@ -177,7 +175,9 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 def print_page(config: DryRunConfig, outcome: Outcome, other: dict[str, Any] | None) -> None:
     """One page on the terminal."""
     console = Console(highlight=False)
-    console.print(Text(f"{shlex.join(outcome.request.command)} on {name_gpus(config)}: {outcome.word} (virtual)"), soft_wrap=True)
+    console.print(
+        Text(f"{shlex.join(outcome.request.command)} on {name_gpus(config)}: {outcome.word} (virtual)"), soft_wrap=True
+    )
     if outcome.word in ("failed", "no GPU used"):
         for line in describe_failure(config, outcome):
             console.print(Text(line), soft_wrap=True)
@@ -371,7 +371,9 @@ def print_search(config: DryRunConfig, request: Request, template: list[str], fo
             console.print(Text(line), soft_wrap=True)
     else:
         best = shlex.join(fill(request.command, template, found.largest))
-        console.print(Text(f"{name_gpus(config)}: the largest that fits is {found.largest} (virtual): {best}"), soft_wrap=True)
+        console.print(
+            Text(f"{name_gpus(config)}: the largest that fits is {found.largest} (virtual): {best}"), soft_wrap=True
+        )
     if found.stopped:
         console.print(Text(f"The search ended early: {found.stopped}."), soft_wrap=True)
 

@@ -121,7 +121,9 @@ def group_live(
         group["bytes"] += entry["size"]
         group["count"] += 1
         group["largest_bytes"] = max(group["largest_bytes"], entry["size"])
-    rows = [{"line": line, "inside": inside, "phase": phase, **group} for (line, inside, phase), group in groups.items()]
+    rows = [
+        {"line": line, "inside": inside, "phase": phase, **group} for (line, inside, phase), group in groups.items()
+    ]
     return sorted(rows, key=lambda row: -row["bytes"])[:LARGEST]
 
 

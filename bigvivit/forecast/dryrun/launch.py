@@ -32,6 +32,8 @@ TAIL_LINES = 20
 
 ERROR_LINE = re.compile(r"(\[rank[0-9]+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
 """The line that ends a traceback, behind the rank that torchrun's processes may write first."""
+LAUNCHERS = re.compile(r"ChildFailedError|CalledProcessError|ProcessRaisedException|ProcessExitedException")
+"""What launchers raise when a process of theirs has failed."""
 
 Word = Literal["fits", "out of memory", "failed", "no GPU used"]
 
@@ -111,13 +113,11 @@ class Outcome:
 
     @property
     def tail(self) -> str:
-        """The end of the first traceback that was printed, before what a launcher says of it; else the last lines."""
+        """The end of the program's last traceback, before what its launcher says of it; else the last lines."""
         lines = self.output.rstrip().splitlines()
-        first = next((number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
-        if first is not None:
-            ends = (number for number in range(first, len(lines)) if ERROR_LINE.match(lines[number]))
-            lines = lines[first : next(ends, len(lines) - 1) + 1]
-        return "\n".join(lines[-TAIL_LINES:])
+        ends = [number for number, line in enumerate(lines) if ERROR_LINE.match(line) and not LAUNCHERS.search(line)]
+        last = ends[-1] + 1 if ends else len(lines)
+        return "\n".join(lines[max(last - TAIL_LINES, 0) : last])
 
 
 @contextlib.contextmanager

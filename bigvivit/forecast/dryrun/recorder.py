@@ -1,6 +1,6 @@
 """Inside each process of a dry run: what it allocates, in which phase of a step, and its end after some steps.
 
-Imported by the startup hook of the virtual GPU before the user's program. Imports no torch: it waits until the program
+Installed by the startup hook of the virtual GPU before the user's program. Imports no torch: it waits until the program
 does. Nothing of the program is replaced but three functions that are wrapped: `torch.autograd.backward`,
 `torch.autograd.grad` and `GradScaler.update`; steps are seen by PyTorch's global hooks of optimizers.
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import logging
@@ -22,12 +19,14 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bigvivit.forecast import virtual_gpu
 from bigvivit.forecast.dryrun.history import Interval, describe_device, find_caller, write_events
+from bigvivit.forecast.virtual_gpu import hooks
 
 VARIABLE = "BIGVIVIT_DRYRUN"
 """Names what a dry run's processes must know, as JSON: `folder`, `steps`, `snapshot`."""
@@ -212,18 +211,15 @@ class Recorder:
 
     def keep_peaks(self) -> None:
         """The most so far, of each device, whatever the program resets."""
-        from bigvivit.forecast import virtual_gpu
-
         if not self.torch.cuda.is_initialized():
             return
         for device in range(self.torch.cuda.device_count()):
             stats = self.torch.cuda.memory_stats(device)
             if not stats.get("allocation.all.allocated"):
                 continue
-            kept = self.peaks.setdefault(device, {"peak_allocated": 0, "peak_reserved": 0, "peak_driver": 0})
+            kept = self.peaks.setdefault(device, {"peak_allocated": 0, "peak_reserved": 0})
             kept["peak_allocated"] = max(kept["peak_allocated"], stats["allocated_bytes.all.peak"])
             kept["peak_reserved"] = max(kept["peak_reserved"], stats["reserved_bytes.all.peak"])
-            kept["peak_driver"] = max(kept["peak_driver"], virtual_gpu.driver_bytes(device))
 
     def find_rank(self) -> None:
         """Which rank this is, where the program has said so."""
@@ -254,6 +250,7 @@ class Recorder:
                     "name": properties.name,
                     "total_bytes": properties.total_memory,
                     **{f"{name}_bytes": value for name, value in peaks.items()},
+                    "peak_driver_bytes": virtual_gpu.driver_bytes(device),
                     "retries": stats["num_alloc_retries"],
                     **found,
                 }
@@ -307,36 +304,8 @@ class Recorder:
         return not path.with_suffix(".json").exists() and Path(f"/proc/{path.stem}").exists()
 
 
-class AfterTorch(importlib.abc.MetaPathFinder):
-    """Calls the recorder when torch has been imported, and stands back."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """torch's own, whose loader then tells the recorder."""
-        if name != "torch":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_watch(module: ModuleType) -> None:
-                execute(module)
-                self.recorder.watch(module)
-
-            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
     """Read what the parent wants, and wait for torch."""
     settings = json.loads(os.environ[VARIABLE])
     recorder = Recorder(Path(settings["folder"]), settings["steps"], settings["snapshot"])
-    sys.meta_path.insert(0, AfterTorch(recorder))
-
-
-install()
+    hooks.when_imported("torch", recorder.watch)

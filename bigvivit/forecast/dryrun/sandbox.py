@@ -99,6 +99,4 @@ def read_mounts() -> dict[str, str]:
         if os.access(place, os.R_OK):
             found[place] = after.split(" ")[0]  # the last one hides those before
     pseudo = [place for place, kind in found.items() if kind in PSEUDO]
-    return {
-        place: kind for place, kind in found.items() if not any(place.startswith(f"{outer}/") for outer in pseudo)
-    }
+    return {place: kind for place, kind in found.items() if not any(place.startswith(f"{outer}/") for outer in pseudo)}

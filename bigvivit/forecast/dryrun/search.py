@@ -62,9 +62,7 @@ def fill(command: tuple[str, ...], template: list[str], value: int) -> tuple[str
     return (*command[:start], *words, *command[start + len(words) :])
 
 
-def search(
-    command: tuple[str, ...], template: list[str], run: Callable[[tuple[str, ...], int], Outcome]
-) -> Search:
+def search(command: tuple[str, ...], template: list[str], run: Callable[[tuple[str, ...], int], Outcome]) -> Search:
     """Find the largest value that fits, beginning with the one the command has, else with 1.
 
     Ends early, and says why, where a run failed of something else than memory, or where twice the value takes no more.

@@ -23,3 +23,7 @@ if "BIGVIVIT_VIRTUAL_GPU" in os.environ:
     from bigvivit.forecast.virtual_gpu import hooks
 
     hooks.install()
+if "BIGVIVIT_DRYRUN" in os.environ:
+    from bigvivit.forecast.dryrun import recorder
+
+    recorder.install()
