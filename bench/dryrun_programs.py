@@ -1,7 +1,8 @@
 """Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER`.
 
-The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of this
-project; others come with their packages. Each is a dry run of three optimizer steps. Nothing is compared with a GPU here.
+The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of
+this project; others come with their packages. Each is a dry run of three optimizer steps. Nothing is compared with a
+GPU here.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def replay(folder: Path) -> bool | None:
-    """Whether the allocator model asks for every segment that PyTorch's allocator asked for; None where none is kept."""
+    """Whether the allocator model asks for every segment that PyTorch's did; None where nothing was kept."""
     events = sorted(folder.glob("*.jsonl.gz"))
     return all(compare(read_trace(path)).exact for path in events) if events else None
 

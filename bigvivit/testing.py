@@ -192,7 +192,7 @@ class OnGpu:
 
 
 @pytest.fixture
-def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trace | OnGpu]]:
+def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trace | OnGpu | None]]:
     """`memory_budget(step, peak="3.2 GiB")`: three steps, traced on fake tensors, never have more alive at once.
 
     Build model and optimizer in the test: tensors made while this fixture is in use are fake. Modules and the optimizer

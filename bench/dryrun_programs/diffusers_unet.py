@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 accelerator = Accelerator(mixed_precision="fp16")
-model = UNet2DModel(sample_size=64, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 512),
+model = UNet2DModel(sample_size=64, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512),
                     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
                     up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
 noises = DDPMScheduler(num_train_timesteps=1000)

@@ -1,4 +1,4 @@
-"""A loop of timm's parts: ViT-S/16 with its optimizer factory, mixup, EMA and NativeScaler (its documentation: train)."""
+"""A loop of timm's parts: ViT-S/16 its optimizer factory, mixup, EMA, NativeScaler (its documentation: train)."""
 
 import timm
 import torch

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"the a cat dog sat ran on under mat tree and was very happy .".split()]
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "."]
 
 
 def build_tokenizer():

@@ -5,7 +5,7 @@ from tokenizer import build_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-data = Dataset.from_dict({"text": ["the cat sat on the mat and was very happy . " * 12] * 256})
+data = Dataset.from_dict({"text": ["the cat sat on the mat and a dog ran under the tree . " * 12] * 256})
 config = Qwen2Config(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
                      num_key_value_heads=2)  # fmt: skip
 trainer = SFTTrainer(

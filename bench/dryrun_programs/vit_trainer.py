@@ -1,4 +1,4 @@
-"""transformers' Trainer, ViT-B/16, fp16 with gradient checkpointing and accumulation (its documentation: GPU memory)."""
+"""transformers' Trainer, ViT-B/16, fp16, gradient checkpointing and accumulation (its documentation: GPU memory)."""
 
 import torch
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification

@@ -40,8 +40,8 @@ class DryRunConfig:
 
     PyTorch's CUDA build runs with its own allocator and kernel choices; only values are not computed. The program ends
     after some optimizer steps, or by itself. Data loading and all that runs on the host is real, and so are checkpoints
-    and uploads: --sandbox keeps files as they are. Exit code 0: fits; 1: does not; 2: wrong usage; 3: the program failed
-    of something else, or used no GPU.
+    and uploads: --sandbox keeps files as they are. Exit code 0: fits; 1: does not; 2: wrong usage; 3: the program
+    failed of something else, or used no GPU.
     """
 
     gpu: str
@@ -51,7 +51,7 @@ class DryRunConfig:
     steps: int = 3
     """Optimizer steps after which each rank ends; the second is the first that finds the optimizer's states there."""
     search: str | None = None
-    """Find the largest value that fits of these words of the command, such as `"--batch-size {}"`: each try is a run."""
+    """Find the largest value that fits, of words of the command such as `"--batch-size {}"`; each try is a run."""
     snapshot: Path | None = None
     """Write the memory snapshot of rank 0, for pytorch.org/memory_viz and `bigvivit replay`."""
     sandbox: bool = False

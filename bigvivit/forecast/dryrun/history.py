@@ -55,8 +55,8 @@ def find_peaks(
 ) -> tuple[list[tuple[int, int]], int]:
     """Most bytes allocated and reserved in each interval, and at which event most were allocated.
 
-    An interval ends where as many allocations and frees had been made as its counters say. Where it raised the peak of the
-    allocator's own counters, the counters are taken: recorded requests do not show blocks that were not split.
+    An interval ends where as many allocations and frees had been made as its counters say. Where it raised the peak of
+    the allocator's own counters, the counters are taken: recorded requests do not show blocks that were not split.
     """
     peaks: list[tuple[int, int]] = []
     allocated = reserved = most = place = position = 0

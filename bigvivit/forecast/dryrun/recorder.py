@@ -75,7 +75,7 @@ class Recorder:
         torch.autograd.backward = self.around_backward(torch.autograd.backward)
         torch.autograd.grad = self.around_backward(torch.autograd.grad)
         scaler = torch.amp.GradScaler
-        scaler.update = self.around_update(scaler.update)  # type: ignore[method-assign]
+        scaler.update = self.around_update(scaler.update)
         for holder, name in ((torch._C, "_cuda_resetPeakMemoryStats"), (torch._C, "_accelerator_resetPeakStats")):
             if hasattr(holder, name):
                 setattr(holder, name, self.around_reset(getattr(holder, name)))
@@ -111,6 +111,7 @@ class Recorder:
                 self.depth -= 1
                 if not self.depth:
                     self.enter("optimizer" if self.stepping else "after backward")
+                    self.end_when_done()
 
         return backward
 
@@ -137,10 +138,15 @@ class Recorder:
             self.step = before + 2
             self.step_ends.append(time.monotonic())
             self.find_rank()
-            if before == 0:
+            if before == 0 and self.torch.cuda.is_initialized():
                 (self.folder / f"{os.getpid()}.stepping").touch()
         self.calls += 1
-        if max(self.counts.values()) >= self.wanted and self.calls >= self.calls_per_step and not self.depth:
+        self.end_when_done()
+
+    def end_when_done(self) -> None:
+        """End after the last call of the last step, but not within a backward pass that steps as it goes."""
+        done = max(self.counts.values(), default=0) >= self.wanted
+        if done and self.calls >= self.calls_per_step and not self.depth and not self.stepping:
             self.finish()
 
     def around_update(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """A command that sees all files and changes none: what it writes goes to an overlay in a scratch folder.
 
-Linux only: a user namespace with a mount namespace (`unshare`), overlayfs over every file system that is mounted, and
-`chroot`. Where the kernel or a container does not permit that, the sandbox is refused: a half of one would be a lie. The
-network is not cut off, since ranks talk through it; the variables by which well-known libraries stay offline are set.
+Linux only: a user namespace with a mount namespace (`unshare`), overlayfs over every folder, and `chroot`. Where the
+kernel or a container does not permit that, the sandbox is refused: half of one would be a lie. The network is not cut
+off, since ranks talk through it; the variables by which well-known libraries stay offline are set.
 """
 
 from __future__ import annotations
