@@ -22,7 +22,7 @@ from bigvivit.forecast.snapshot import read_trace
 from bigvivit.training.report import run_bench, write_report
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
-STEPS = 3
+STEPS, MINUTES = 3, 4
 CLIP = (
     *("python", "-m", "open_clip_train.main", "--dataset-type", "synthetic", "--train-num-samples", "256"),
     *("--batch-size", "16", "--model", "ViT-B-32", "--workers", "0", "--epochs", "1", "--precision", "amp_bf16"),
@@ -79,7 +79,9 @@ def main(arguments: Arguments) -> None:
     rows = []
     for name in names:
         how, gpus, command = programs[name]
-        row = run_program(name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS))
+        row = run_program(
+            name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
+        )
         rows.append({**row, "started_by": how})
         print(rows[-1], flush=True)
     settings = {"gpu": arguments.gpu, "steps": STEPS}
@@ -109,6 +111,7 @@ def run_program(name: str, request: Request) -> dict[str, Any]:
 def describe(name: str, outcome: Outcome) -> dict[str, Any]:
     """What was seen of a run."""
     steps = [seconds for record in outcome.ranks for seconds in record["step_seconds"]]
+    failure = None if outcome.word == "fits" else " ".join(outcome.tail.splitlines()[-1:])
     return {
         "program": name,
         "verdict": outcome.word,
@@ -120,7 +123,7 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
         "peak_driver_bytes": outcome.peak("peak_driver_bytes"),
         "seconds": outcome.seconds,
         "seconds_per_step": sum(steps) / len(steps) if steps else None,
-        "failure": None if outcome.word == "fits" else outcome.tail.splitlines()[-1:],
+        "failure": f"not ended after {MINUTES} minutes" if outcome.timed_out else failure,
     }
 
 

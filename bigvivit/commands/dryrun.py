@@ -52,6 +52,8 @@ class DryRunConfig:
     """Optimizer steps after which each rank ends; the second is the first that finds the optimizer's states there."""
     search: str | None = None
     """Find the largest value that fits, of words of the command such as `"--batch-size {}"`; each try is a run."""
+    minutes: float = 30.0
+    """Minutes after which a run that has not ended is ended, without a verdict."""
     snapshot: Path | None = None
     """Write the memory snapshot of rank 0, for pytorch.org/memory_viz and `bigvivit replay`."""
     sandbox: bool = False
@@ -62,6 +64,8 @@ class DryRunConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.gpus <= MOST_GPUS:
             raise ConfigError(f"gpus={self.gpus} must be 1 to {MOST_GPUS}")
+        if self.minutes <= 0:
+            raise ConfigError(f"minutes={self.minutes} must be above 0")
         if self.steps < 2:
             raise ConfigError(f"steps={self.steps} must be at least 2: the first has no optimizer states before it")
         if find_accelerator(self.gpu).capability is None:
@@ -75,11 +79,18 @@ class DryRunConfig:
 def dryrun(argv: list[str]) -> None:
     """`bigvivit dryrun`."""
     place = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(DryRunConfig, args=argv[:place], prog="bigvivit dryrun")
+    config = tyro.cli(DryRunConfig, args=join_search(argv[:place]), prog="bigvivit dryrun")
     command = tuple(argv[place + 1 :])
     if not command:
         raise ConfigError(f"no command is given: write it behind --, such as {EXAMPLE}")
-    request = Request(command=command, gpu=config.gpu, gpus=config.gpus, steps=config.steps, sandbox=config.sandbox)
+    request = Request(
+        command=command,
+        gpu=config.gpu,
+        gpus=config.gpus,
+        steps=config.steps,
+        minutes=config.minutes,
+        sandbox=config.sandbox,
+    )
     if config.search is not None:
         sys.exit(search_value(config, request, parse_template(config.search)))
     with scratch_folder() as folder:
@@ -95,6 +106,14 @@ def dryrun(argv: list[str]) -> None:
     sys.exit({"fits": FITS, "out of memory": DOES_NOT_FIT}.get(outcome.word, NO_VERDICT))
 
 
+def join_search(words: list[str]) -> list[str]:
+    """`--search X` as one word: X begins with dashes, and would be taken for a flag of ours."""
+    if "--search" not in words[:-1]:
+        return words
+    place = words.index("--search")
+    return [*words[:place], f"--search={words[place + 1]}", *words[place + 2 :]]
+
+
 def say(line: str) -> None:
     """Progress, where it disturbs nobody who reads the page."""
     print(line, file=sys.stderr, flush=True)
@@ -106,11 +125,10 @@ def name_gpus(config: DryRunConfig) -> str:
 
 
 def keep_snapshot(folder: Path, path: Path) -> None:
-    """The one that rank 0 wrote; raises ConfigError where there is none."""
-    found = sorted(folder.glob("*.pickle"))
-    if not found:
-        raise ConfigError(f"snapshot={path}: no process of rank 0 used a GPU, so there is none")
-    shutil.copyfile(found[0], path)
+    """The one that rank 0 wrote, where it used a GPU."""
+    for found in sorted(folder.glob("*.pickle"))[:1]:
+        shutil.copyfile(found, path)
+        say(f"wrote {path}")
 
 
 def try_expandable(outcome: Outcome, folder: Path) -> dict[str, Any] | None:
@@ -191,14 +209,15 @@ def print_page(config: DryRunConfig, outcome: Outcome, other: dict[str, Any] | N
     console.print(table_of_lines(device))
     for line in [*describe_notes(outcome, device), *describe_expandable(outcome, other)]:
         console.print(Text(line), soft_wrap=True)
-    if config.snapshot is not None:
-        console.print(Text(f"wrote {config.snapshot}"), soft_wrap=True)
 
 
 def describe_failure(config: DryRunConfig, outcome: Outcome) -> Iterator[str]:
     """The program's own words, where memory was not what ended it."""
     if outcome.word == "no GPU used":
         yield "The command ended well, and none of its processes used CUDA: there is nothing to judge."
+    elif outcome.timed_out:
+        yield f"The command had not ended after {outcome.request.minutes:g} minutes, and was ended: no verdict."
+        yield "Values are not computed: a program that goes on until a value is reached never gets there."
     elif outcome.exit_code < 0:
         yield f"The command was ended by signal {-outcome.exit_code}; that is no verdict on memory."
     else:

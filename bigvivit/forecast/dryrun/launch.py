@@ -46,6 +46,8 @@ class Request:
     gpu: str
     gpus: int
     steps: int
+    minutes: float = 30.0
+    """After which it is ended without a verdict."""
     sandbox: bool = False
     conf: str | None = None
     """PYTORCH_ALLOC_CONF of the run; None leaves the user's."""
@@ -63,12 +65,13 @@ class Outcome:
     output: str
     """All that it printed."""
     seconds: float
+    timed_out: bool
 
     @property
     def word(self) -> Word:
         """The verdict. Only a program that ended well, or whose every rank did its steps, fits."""
         done = bool(self.records) and all(record["ended"] == "steps" for record in self.records)
-        broke = self.exit_code != 0 and not (done and len(self.ranks) >= self.world)
+        broke = (self.exit_code != 0 or self.timed_out) and not (done and len(self.ranks) >= self.world)
         if any(record["error_is_out_of_memory"] for record in self.records):
             return "out of memory"
         if broke and any(record["shortages"] for record in self.records if record["ended"] != "steps"):
@@ -142,7 +145,7 @@ def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcom
             start_new_session=True,
         )  # fmt: skip
         try:
-            wait(process, folder)
+            timed_out = not wait(process, folder, 60 * request.minutes)
         finally:
             end_group(process)
     return Outcome(
@@ -151,6 +154,7 @@ def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcom
         records=read_records(folder),
         output=log.read_text(errors="replace"),
         seconds=time.monotonic() - began,
+        timed_out=timed_out,
     )
 
 
@@ -158,6 +162,7 @@ def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[
     """The user's, on virtual GPUs, with what the recorder must know."""
     settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot}
     environment = {**os.environ, **virtual_gpu.environment(request.gpu, gpus=request.gpus)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)  # it chooses among real ones
     environment[VARIABLE] = json.dumps(settings)
     if request.conf is not None:
         environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
@@ -176,18 +181,21 @@ def find_program(command: tuple[str, ...], environment: dict[str, str]) -> list[
     return [shutil.which(command[0], path=environment.get("PATH")) or command[0], *command[1:]]
 
 
-def wait(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until the command has ended; one that goes on after all ranks are done (to evaluate what was never saved) is not
-    waited for."""
-    done_since = None
+def wait(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> bool:
+    """Until the command has ended, or so long; says whether it ended in time. One that goes on after all ranks are done
+    (to evaluate what was never saved) is not waited for."""
+    began, done_since = time.monotonic(), None
     while process.poll() is None:
+        if time.monotonic() - began > seconds:
+            return False
         records = read_records(folder)
         trained = [record for record in records if record["ended"] == "steps"]
         if trained and len(trained) >= trained[0]["world"]:
             done_since = done_since or time.monotonic()
             if time.monotonic() - done_since > GRACE_SECONDS:
-                return
+                return True
         time.sleep(0.1)
+    return True
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.launching import ROOT
 
-LOOPS = '''
+LOOPS = """
 import os, sys, torch, torch._dynamo
 from torch import nn
 from bigvivit.forecast.dryrun import recorder
@@ -108,7 +108,7 @@ for loop in (plain, two_optimizers, groups_of_one_step, lbfgs, within_backward, 
             os._exit(1)
     _, status = os.wait()
     print(loop.__name__, "exit", os.waitstatus_to_exitcode(status))
-'''
+"""
 
 
 def test_every_kind_of_loop_ends_after_its_steps(tmp_path: Path) -> None:

@@ -20,12 +20,16 @@ def outcome(word: str, allocated: int) -> Outcome:
     }
     request = Request(command=COMMAND, gpu="L4", gpus=1, steps=3)
     records = () if word == "failed" else (record,)
-    made = Outcome(request=request, exit_code=0 if word == "fits" else 1, records=records, output="", seconds=1.0)
+    made = Outcome(
+        request=request, exit_code=0 if word == "fits" else 1, records=records, output="", seconds=1.0, timed_out=False
+    )
     assert made.word == word
     return made
 
 
-def find(most: int, command: tuple[str, ...] = COMMAND, *, fails_at: int = LARGEST * 4, data: int = LARGEST * 4) -> Search:
+def find(
+    most: int, command: tuple[str, ...] = COMMAND, *, fails_at: int = LARGEST * 4, data: int = LARGEST * 4
+) -> Search:
     tried: list[int] = []
 
     def run(words: tuple[str, ...], value: int) -> Outcome:
