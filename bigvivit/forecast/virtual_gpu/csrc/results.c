@@ -1,8 +1,8 @@
 /* The few kernels whose result decides where a program goes. None is run; these are understood by their names.
  *
  * - Filling: `ones`, `full` and `zeros` read as they were filled.
- * - Joining conditions (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends): a single
- *   boolean that is read back next is true. All others are false. So `torch.isfinite(loss).all()` is true,
+ * - Joining conditions (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends): where
+ *   they are not known (conditions.c), a single boolean that is read back next is true. All others are false. So `torch.isfinite(loss).all()` is true,
  *   `torch.isnan(loss).any()` and `loss < threshold` are false: a healthy run goes on.
  * - Counting for `nonzero` (and indexing by a mask): exact for a mask that came from the host; for any other, all
  *   elements are taken, which is the most that it can be.
@@ -30,10 +30,12 @@ static const char *scalar_behind(const char *name, const char *functor) {
 }
 
 enum kernel_kind kind_of_kernel(const char *name) {
+    enum kernel_kind condition = kind_of_condition(name);
+    if (condition != OTHER) return condition;
     if (strstr(name, "vectorized_elementwise_kernel") && size_of_scalar(scalar_behind(name, "FillFunctorI")))
         return FILLS;
-    if (strstr(name, "and_kernel_cuda") || strstr(name, "BitwiseAndFunctorIb")) return JOINS;
-    if (strstr(name, "logical_and_kernel") || strstr(name, "MulFunctorIb")) return JOINS;
+    if (strstr(name, "and_kernel_cuda") || strstr(name, "logical_and_kernel") || strstr(name, "MulFunctorIb"))
+        return JOINS;
     if (strstr(name, "DeviceReduce") && strstr(name, "NonZeroOpI")) return COUNTS;
     if (strstr(name, "DeviceReduceSingleTileKernel")) return SUMS_UP;
     return OTHER;
@@ -70,11 +72,12 @@ static int count_nonzero(const char *name, void **arguments) {
 void note_kernel(enum kernel_kind kind, const char *name, void **arguments) {
     if (kind == SUMS_UP && last == COUNTS) return; /* the second half of counting */
     last = kind;
+    if (kind >= COMPARES) compute_condition(kind, name, arguments);
     if (kind == FILLS) fill(name, arguments);
     if (kind == COUNTS) counted = count_nonzero(name, arguments);
 }
 
 void read_result(void *to, size_t size) {
-    if (last == JOINS && size == 1) *(char *)to = 1;
+    if ((last == JOINS || last == BOTH || last == ALL) && size == 1) *(char *)to = 1;
     if (last == COUNTS && size == sizeof counted) memcpy(to, &counted, size);
 }

@@ -77,18 +77,18 @@ void set_values(uint64_t address, const void *bytes, size_t size) {
     pthread_mutex_unlock(&lock);
 }
 
-int get_values(uint64_t address, void *to, size_t size) {
-    int any = 0;
+int64_t get_values(uint64_t address, void *to, size_t size) {
+    int64_t found = 0;
     memset(to, 0, size);
     pthread_mutex_lock(&lock);
     for (size_t at = first_behind(address); at < count && table[at].address < address + size; at++) {
         uint64_t low = table[at].address > address ? table[at].address : address;
         uint64_t end = table[at].address + table[at].size, high = end < address + size ? end : address + size;
         memcpy((char *)to + (low - address), table[at].bytes + (low - table[at].address), high - low);
-        any = 1;
+        found += (int64_t)(high - low);
     }
     pthread_mutex_unlock(&lock);
-    return any;
+    return found;
 }
 
 void copy_values(uint64_t to, uint64_t from, size_t size) {

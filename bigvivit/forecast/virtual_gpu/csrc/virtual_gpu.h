@@ -83,7 +83,7 @@ int remove_range(uint64_t address, struct range *removed);
 
 /* values.c */
 void set_values(uint64_t address, const void *bytes, size_t size);
-int get_values(uint64_t address, void *to, size_t size); /* whether any of them are known; the rest is zero */
+int64_t get_values(uint64_t address, void *to, size_t size); /* how many bytes are known; the rest is zero */
 void copy_values(uint64_t to, uint64_t from, size_t size);
 void forget_values(uint64_t address, size_t size);
 
@@ -96,9 +96,17 @@ void count_captured_node(void *stream);
 int launch(const void *function, void **arguments, void *stream);
 
 /* results.c */
-enum kernel_kind { NOT_YET_KNOWN, OTHER, FILLS, JOINS, COUNTS, SUMS_UP };
+enum kernel_kind {
+    NOT_YET_KNOWN, OTHER, FILLS, JOINS, COUNTS, SUMS_UP,
+    COMPARES, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, /* conditions.c */
+};
 enum kernel_kind kind_of_kernel(const char *mangled);
 void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments);
 void read_result(void *to, size_t size); /* changes what is read back by the kernel launched last in this thread */
+
+
+/* conditions.c */
+enum kernel_kind kind_of_condition(const char *mangled);
+void compute_condition(enum kernel_kind kind, const char *mangled, void **arguments);
 
 #endif
