@@ -31,6 +31,7 @@ NO_DEVICE_NEEDED = re.compile(
     r"nccl(GetVersion|GetErrorString)|cu(sparse|solver|fft)Get(Version|ErrorString|ErrorName|Property)"
 )
 """Left to NVIDIA's libraries, which are installed with PyTorch."""
+LIBRARY, ARCHITECTURES = "libbigvivit_virtual_gpu.so", "architectures"
 ELSE = "forecasts then use fake tensors, which need none of this"
 
 
@@ -86,8 +87,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigvivit"
 
 
-def build_library() -> Path:
-    """The library, compiled where it is not yet; its folder also has it under the names of the driver and of NVML.
+@dataclass(frozen=True)
+class Library:
+    path: Path
+    """Its folder has it under the names of the driver and of NVML too."""
+    architectures: tuple[int, ...]
+    """Compute capabilities that PyTorch was compiled for."""
+    torch: str
+    """The version of PyTorch, for messages."""
+
+
+def build_library() -> Library:
+    """The library, compiled where it is not yet.
 
     Safe while others build the same. Raises ConfigError that says what is missing.
     """
@@ -101,7 +112,8 @@ def build_library() -> Path:
     folder = cache_folder() / "virtual_gpu" / name
     if not folder.is_dir():
         compile_into(folder, torch)
-    return folder / "libbigvivit_virtual_gpu.so"
+    known = tuple(map(int, (folder / ARCHITECTURES).read_text().split()))
+    return Library(folder / LIBRARY, known, f"{torch.version} with CUDA {torch.cuda}")
 
 
 def compile_into(folder: Path, torch: Torch) -> None:
@@ -115,19 +127,15 @@ def compile_into(folder: Path, torch: Torch) -> None:
             f"a virtual GPU is compiled into {folder.parent}, which cannot be written ({error.strerror}): set "
             f"BIGVIVIT_CACHE to a folder that can; {ELSE}"
         ) from None
-    library = place / "libbigvivit_virtual_gpu.so"
     try:
-        answered = place / "answered.so"
-        run_compiler(
-            [*compiler, *flags(torch), "-o", str(answered), *map(str, sorted(SOURCES.glob("*.c"))), *LIBRARIES]
-        )
-        rest = needed_symbols(torch) - set(dynamic_symbols(answered, defined=True))
-        (place / "rest.c").write_text(source_of_rest(rest))
-        answered.unlink()
-        sources = [*sorted(SOURCES.glob("*.c")), place / "rest.c"]
-        run_compiler([*compiler, *flags(torch), "-o", str(library), *map(str, sources), *LIBRARIES])
+        known = architectures(torch)
+        (place / ARCHITECTURES).write_text(" ".join(map(str, known)))
+        (place / "unanswered.c").write_text(source_of_unanswered(needed_symbols(torch)))
+        sources = [*sorted(SOURCES.glob("*.c")), place / "unanswered.c"]
+        output = str(place / LIBRARY)
+        run_compiler([*compiler, *flags(torch, known), "-o", output, *map(str, sources), "-lpthread", "-ldl"])
         for name in NAMES:
-            (place / name).symlink_to(library.name)
+            (place / name).symlink_to(LIBRARY)
         try:
             place.rename(folder)
         except OSError:
@@ -137,16 +145,13 @@ def compile_into(folder: Path, torch: Torch) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-LIBRARIES = ("-lpthread", "-ldl")
-
-
-def flags(torch: Torch) -> list[str]:
+def flags(torch: Torch, known: list[int]) -> list[str]:
     major, minor = (int(part) for part in torch.cuda.split(".")[:2])
     return [
         *("-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"),
         f"-DCUDA_MAJOR={major}",
         f"-DCUDA_VERSION_NUMBER={1000 * major + 10 * minor}",
-        f"-DCODE_LIST={','.join(map(str, architectures(torch)))}",
+        f"-DCODE_LIST={','.join(map(str, known))}",
     ]
 
 
@@ -171,17 +176,18 @@ def needed_symbols(torch: Torch) -> set[str]:
     """What PyTorch's libraries want of CUDA's."""
     wanted: set[str] = set()
     for path in (torch.folder / "lib").glob("lib*.so"):
-        wanted.update(name for name in dynamic_symbols(path, defined=False) if CUDA_SYMBOL.fullmatch(name))
+        wanted.update(name for name in undefined_symbols(path) if CUDA_SYMBOL.fullmatch(name))
     return {name for name in wanted if not NO_DEVICE_NEEDED.fullmatch(name)}
 
 
-def source_of_rest(names: set[str]) -> str:
-    lines = [f'EXPORT int {name}(void) {{ unanswered("{name}"); }}' for name in sorted(names)]
+def source_of_unanswered(names: set[str]) -> str:
+    """Functions that end the process with their name; csrc/ takes precedence, since these are weak."""
+    lines = [f'EXPORT __attribute__((weak)) int {name}(void) {{ unanswered("{name}"); }}' for name in sorted(names)]
     return "\n".join(['#include "virtual_gpu.h"', *lines, ""])
 
 
-def dynamic_symbols(path: Path, *, defined: bool) -> list[str]:
-    """Names in the dynamic symbol table of a 64-bit little-endian ELF library; none for other files."""
+def undefined_symbols(path: Path) -> list[str]:
+    """What a 64-bit little-endian ELF library takes from others, by its dynamic symbol table; nothing for other files."""
     with path.open("rb") as file:
         header = file.read(64)
         if header[:6] != b"\x7fELF\x02\x01":
@@ -200,6 +206,6 @@ def dynamic_symbols(path: Path, *, defined: bool) -> list[str]:
         text = file.read(strings[5])
     names = []
     for name, _, _, section, _, _ in struct.iter_unpack("<IBBHQQ", data):
-        if name and (section != 0) == defined:
+        if name and section == 0:
             names.append(text[name : text.index(b"\0", name)].decode())
     return names

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from bigvivit.config import ConfigError
-from bigvivit.forecast.virtual_gpu.build import build_library
-from bigvivit.forecast.virtual_gpu.cards import describe
+from bigvivit.forecast.virtual_gpu.build import Library, build_library
+from bigvivit.forecast.virtual_gpu.cards import describe, find_card
 from bigvivit.forecast.virtual_gpu.inside import VARIABLE
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -36,15 +36,30 @@ def environment(gpu: str, *, gpus: int = 1, memory_bytes: int | None = None) -> 
     """
     described = describe(gpu, gpus, memory_bytes)
     library = build_library()
+    check_architecture(gpu, library)
+    folder = str(library.path.parent)
     return {
         VARIABLE: described,
-        "LD_PRELOAD": joined(str(library), "LD_PRELOAD", " :"),
-        "LD_LIBRARY_PATH": joined(str(library.parent), "LD_LIBRARY_PATH", ":"),
-        "TRITON_LIBCUDA_PATH": str(library.parent),
+        "LD_PRELOAD": joined(str(library.path), "LD_PRELOAD", " :"),
+        "LD_LIBRARY_PATH": joined(folder, "LD_LIBRARY_PATH", ":"),
+        "TRITON_LIBCUDA_PATH": folder,
         "PYTHONPATH": joined(str(STARTUP), "PYTHONPATH", ":"),
         "PYTHONFAULTHANDLER": "1",  # what is not answered ends the process: the lines that asked are shown
         "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
     }
+
+
+def check_architecture(gpu: str, library: Library) -> None:
+    """Code runs on its own compute capability and later ones of the same first digit. Raises ConfigError where PyTorch
+    has none for a card: a real one would not run it either."""
+    capability = find_card(gpu).capability
+    assert capability is not None
+    if not any(code <= capability and code // 10 == capability // 10 for code in library.architectures):
+        has = ", ".join(f"{code / 10:.1f}" for code in library.architectures)
+        raise ConfigError(
+            f"gpu={gpu!r} has compute capability {capability / 10:.1f}, for which torch {library.torch} has no code (it "
+            f"has {has}): choose another card, or a build of PyTorch for it"
+        )
 
 
 def joined(first: str, variable: str, separators: str) -> str:

@@ -25,7 +25,8 @@ EXPORT int cudnnSetStream(struct handle *handle, void *stream) { return handle->
 EXPORT int cudnnGetStream(struct handle *handle, void **stream) { return *stream = handle->stream, 0; }
 
 /* The backend interface */
-enum { ENGINE_HEURISTICS_RESULTS = 202, ENGINE_OF_CONFIGURATION = 300, PLAN_WORKSPACE = 402, ENGINE_INDEX = 1301 };
+enum { ENGINE_HEURISTICS_RESULTS = 202, ENGINE_OF_CONFIGURATION = 300, CONFIGURATION_WORKSPACE = 303 };
+enum { CONFIGURATION_SHARED_MEMORY = 304, PLAN_WORKSPACE = 402, ENGINE_INDEX = 1301 };
 enum { TYPE_INT64 = 3, TYPE_DESCRIPTOR = 15 };
 
 struct attribute {
@@ -78,8 +79,9 @@ EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int
     int64_t answered = 0;
     if (name == ENGINE_HEURISTICS_RESULTS || name == ENGINE_OF_CONFIGURATION) {
         answered = 1; /* the caller's own descriptors are filled in, with nothing */
-    } else if (name == PLAN_WORKSPACE || name == ENGINE_INDEX) {
-        if (wanted > 0 && to) *(int64_t *)to = 0;
+    } else if (name == CONFIGURATION_WORKSPACE || name == CONFIGURATION_SHARED_MEMORY || name == PLAN_WORKSPACE ||
+               name == ENGINE_INDEX) {
+        if (wanted > 0 && to) memset(to, 0, size_of_type(type));
         answered = 1;
     } else {
         for (struct attribute *each = from->attributes; each; each = each->next) {

@@ -228,7 +228,9 @@ extern int cudaMemcpyAsync(void *, const void *, size_t, int, void *);
 EXPORT int cuMemcpyAsync(uint64_t to, uint64_t from, size_t n, void *s) {
     return cudaMemcpyAsync((void *)to, (void *)from, n, 4, s);
 }
-EXPORT int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t n) { return (void)to, (void)from, (void)n, SUCCESS; }
+EXPORT int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t n) {
+    return cudaMemcpyAsync((void *)to, from, n, 4, NULL);
+}
 EXPORT int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t n) {
     return cudaMemcpyAsync(to, (void *)from, n, 4, NULL);
 }
@@ -332,8 +334,8 @@ EXPORT int cuFuncSetAttribute(void *f, int attribute, int value) {
 EXPORT int cuFuncSetCacheConfig(void *f, int config) { return (void)f, (void)config, SUCCESS; }
 EXPORT int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void *stream, void **arguments, void **extra) {
-    (void)gx, (void)gy, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)arguments, (void)extra;
-    return launch(function, stream);
+    (void)gx, (void)gy, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)extra;
+    return launch(function, arguments, stream);
 }
 struct launch_config { /* CUlaunchConfig */
     unsigned grid[3], block[3], shared;

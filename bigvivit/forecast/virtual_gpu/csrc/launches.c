@@ -2,9 +2,7 @@
  *
  * Answers: what nvcc's code calls before main (fat binaries, functions, variables), launches in every form, attributes
  * of functions, libraries that are loaded at run time.
- * A boolean that is read back is false, but for one case: if the last kernel launched in this thread joins conditions
- * (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends), it is true. So
- * `torch.isfinite(loss).all()` is true and `torch.isnan(loss).any()` is false: a healthy run goes on.
+ * What a launch means for values that are read back: results.c.
  */
 #include "virtual_gpu.h"
 #include <pthread.h>
@@ -24,48 +22,50 @@ struct launch_config { /* cudaLaunchConfig_t; the driver's has another layout */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static size_t launches;
-static __thread int joins_conditions;
 
-/* Kernels that join conditions, by the address that stands for them in the host's code: open addressing. */
-static const void **joining;
-static size_t joining_count, joining_room;
+/* Kernels by the address that stands for them in the host's code: a table with open addressing. */
+struct kernel {
+    const void *host;
+    const char *name; /* mangled */
+    enum kernel_kind kind;
+};
+static struct kernel *kernels;
+static size_t kernel_count, kernel_room;
 
-static size_t place_of(const void *const *table, size_t room, const void *function) {
-    size_t at = ((uintptr_t)function >> 4) * 0x9E3779B97F4A7C15ull % room;
-    while (table[at] && table[at] != function) at = (at + 1) % room;
-    return at;
+static struct kernel *place_of(struct kernel *table, size_t room, const void *host) {
+    size_t at = ((uintptr_t)host >> 4) * 0x9E3779B97F4A7C15ull % room;
+    while (table[at].host && table[at].host != host) at = (at + 1) % room;
+    return &table[at];
 }
 
-static void remember_joining(const void *function) {
+static void remember(const void *host, const char *name) {
     pthread_mutex_lock(&lock);
-    if (2 * joining_count >= joining_room) {
-        size_t room = joining_room ? 2 * joining_room : 256;
-        const void **larger = calloc(room, sizeof *larger);
+    if (2 * kernel_count >= kernel_room) {
+        size_t room = kernel_room ? 2 * kernel_room : 1 << 14;
+        struct kernel *larger = calloc(room, sizeof *larger);
         if (!larger) abort();
-        for (size_t i = 0; i < joining_room; i++)
-            if (joining[i]) larger[place_of(larger, room, joining[i])] = joining[i];
-        free(joining);
-        joining = larger;
-        joining_room = room;
+        for (size_t i = 0; i < kernel_room; i++)
+            if (kernels[i].host) *place_of(larger, room, kernels[i].host) = kernels[i];
+        free(kernels);
+        kernels = larger;
+        kernel_room = room;
     }
-    size_t at = place_of(joining, joining_room, function);
-    if (!joining[at]) joining[at] = function, joining_count++;
+    struct kernel *place = place_of(kernels, kernel_room, host);
+    if (!place->host) kernel_count++;
+    *place = (struct kernel){host, name, NOT_YET_KNOWN};
     pthread_mutex_unlock(&lock);
 }
 
-/* PyTorch's names, mangled: the reduction of `all`, and products and ands of booleans. */
-static int joins(const char *name) {
-    if (strstr(name, "and_kernel_cuda") || strstr(name, "BitwiseAndFunctorIb")) return 1;
-    if (strstr(name, "logical_and_kernel")) return 1;
-    return strstr(name, "MulFunctorIb") && !strstr(name, "MulFunctorIbE_jjj");
-}
-
-int reads_as_true(void) { return joins_conditions; }
-
-int launch(const void *function, void *stream) {
+int launch(const void *function, void **arguments, void *stream) {
     __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
-    joins_conditions = joining_room && joining[place_of(joining, joining_room, function)];
     count_captured_node(stream);
+    struct kernel kernel = {NULL, "", OTHER};
+    pthread_mutex_lock(&lock); /* a library that is being loaded may enlarge the table */
+    struct kernel *place = kernel_room ? place_of(kernels, kernel_room, function) : &kernel;
+    if (place->host && place->kind == NOT_YET_KNOWN) place->kind = kind_of_kernel(place->name);
+    if (place->host) kernel = *place;
+    pthread_mutex_unlock(&lock);
+    note_kernel(kernel.kind, kernel.name, arguments);
     return SUCCESS;
 }
 
@@ -88,8 +88,8 @@ EXPORT int __cudaPopCallConfiguration(struct dim3 *grid, struct dim3 *block, siz
     return SUCCESS;
 }
 EXPORT int cudaLaunchKernel(const void *f, struct dim3 grid, struct dim3 block, void **arguments, size_t shared, void *s) {
-    (void)grid, (void)block, (void)arguments, (void)shared;
-    return launch(f, s);
+    (void)grid, (void)block, (void)shared;
+    return launch(f, arguments, s);
 }
 EXPORT int __cudaLaunchKernel(const void *f, struct dim3 grid, struct dim3 block, void **a, size_t shared, void *s) {
     return cudaLaunchKernel(f, grid, block, a, shared, s);
@@ -99,8 +99,7 @@ EXPORT int cudaLaunchCooperativeKernel(const void *f, struct dim3 grid, struct d
     return cudaLaunchKernel(f, grid, block, a, shared, s);
 }
 EXPORT int cudaLaunchKernelExC(const struct launch_config *config, const void *function, void **arguments) {
-    (void)arguments;
-    return launch(function, config->stream);
+    return launch(function, arguments, config->stream);
 }
 
 /* Registration */
@@ -116,7 +115,7 @@ EXPORT char __cudaInitModule(void **handle) { return (void)handle, 1; }
 EXPORT void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int threads,
                                    void *tid, void *bid, void *block, void *grid, int *warp) {
     (void)handle, (void)device, (void)threads, (void)tid, (void)bid, (void)block, (void)grid, (void)warp;
-    if (joins(name)) remember_joining(host);
+    remember(host, name);
 }
 EXPORT void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int external, size_t size,
                               int constant, int global) {

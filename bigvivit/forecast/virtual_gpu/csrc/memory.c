@@ -2,7 +2,7 @@
  *
  * Answers: cudaMalloc and cudaMallocAsync until the GPU's memory less its context is taken, cudaHostAlloc and
  * registered and managed memory (the host's), copies and sets in every direction, what a pointer is.
- * What is read back from a device is zero, and 1 for one byte behind a kernel that joins conditions (launches.c).
+ * What is read back from a device: values.c and results.c.
  * Does not answer: inter-process handles of memory. A device allocation of 2 MiB and more takes whole pages of 2 MiB;
  * the driver's own packing of smaller ones is not imitated. Managed memory takes none of the device. Each process
  * counts for itself: what another rank takes of the same GPU is not seen.
@@ -221,6 +221,7 @@ int device_free(uint64_t address) {
         result = INVALID_VALUE;
     }
     if (result == SUCCESS) {
+        forget_values(address, removed.size);
         devices[removed.device].used -= removed.charged;
         give_addresses(removed.device, address, removed.size);
     }
@@ -344,10 +345,12 @@ static int on_device(const void *pointer) {
 }
 
 static void copy(void *to, const void *from, size_t size) {
-    if (!size || on_device(to)) return;
-    if (!on_device(from)) memmove(to, from, size);
-    else if (size == 1) *(char *)to = (char)reads_as_true();
-    else memset(to, 0, size);
+    if (!size) return;
+    int to_device = on_device(to), from_device = on_device(from);
+    if (to_device && from_device) copy_values((uint64_t)to, (uint64_t)from, size);
+    else if (to_device) set_values((uint64_t)to, from, size);
+    else if (!from_device) memmove(to, from, size);
+    else if (!get_values((uint64_t)from, to, size)) read_result(to, size);
 }
 EXPORT int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
     (void)kind;
@@ -381,7 +384,8 @@ EXPORT int cudaMemcpyBatchAsync(void **to, const void **from, const size_t *size
     return SUCCESS;
 }
 EXPORT int cudaMemset(void *pointer, int value, size_t size) {
-    if (!on_device(pointer)) memset(pointer, value, size);
+    if (on_device(pointer)) forget_values((uint64_t)pointer, size);
+    else memset(pointer, value, size);
     return SUCCESS;
 }
 EXPORT int cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) {

@@ -1,15 +1,16 @@
 /* NVML (libnvidia-ml.so.1), as PyTorch, pynvml and monitoring ask it: the same cards as the runtime shows.
  *
  * Answers: how many GPUs are in the node (CUDA_VISIBLE_DEVICES does not matter to NVML), names, memory as this process
- * uses it, compute capability, PCI addresses, UUIDs, driver versions; of readings a GPU at rest.
+ * uses it, compute capability, PCI addresses, UUIDs, driver versions; of readings a GPU at rest; this process as the only one.
  * Does not answer: other processes, NVLink, MIG: not supported, by NVML's own error.
  */
 #include "virtual_gpu.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum { NVML_UNINITIALIZED = 1, NVML_INVALID_ARGUMENT = 2, NVML_NOT_SUPPORTED = 3, NVML_NOT_FOUND = 6 };
+enum { NVML_INVALID_ARGUMENT = 2, NVML_NOT_SUPPORTED = 3, NVML_NOT_FOUND = 6, NVML_INSUFFICIENT_SIZE = 7 };
 
 static int number(void *handle) { return (int)(uintptr_t)handle - 1; } /* in the node */
 
@@ -131,14 +132,27 @@ EXPORT int nvmlDeviceGetMaxClockInfo(void *handle, int type, unsigned *mhz) {
 EXPORT int nvmlDeviceGetMigMode(void *handle, unsigned *now, unsigned *next) {
     return (void)handle, (void)now, (void)next, NVML_NOT_SUPPORTED;
 }
-EXPORT int nvmlDeviceGetComputeRunningProcesses(void *handle, unsigned *count, void *infos) {
-    return (void)handle, (void)infos, *count = 0, 0;
+struct process { /* nvmlProcessInfo_v1_t; later versions have two numbers more */
+    unsigned pid;
+    unsigned long long used;
+};
+EXPORT int nvmlDeviceGetComputeRunningProcesses(void *handle, unsigned *count, struct process *to) {
+    unsigned room = *count;
+    *count = used_bytes(number(handle)) > 0;
+    if (room < *count) return NVML_INSUFFICIENT_SIZE;
+    if (*count) to->pid = (unsigned)getpid(), to->used = used_bytes(number(handle));
+    return 0;
 }
-EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, void *infos) {
-    return nvmlDeviceGetComputeRunningProcesses(handle, count, infos);
+struct process_v3 {
+    struct process process;
+    unsigned gpu_instance, compute_instance;
+};
+EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struct process_v3 *to) {
+    if (to) to->gpu_instance = to->compute_instance = 0xFFFFFFFFu; /* no MIG */
+    return nvmlDeviceGetComputeRunningProcesses(handle, count, to ? &to->process : NULL);
 }
-EXPORT int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, void *infos) {
-    return nvmlDeviceGetComputeRunningProcesses(handle, count, infos);
+EXPORT int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, struct process_v3 *to) {
+    return (void)handle, (void)to, *count = 0, 0;
 }
 EXPORT int nvmlDeviceGetP2PStatus(void *a, void *b, int what, int *status) {
     return (void)a, (void)b, *status = what == 2 ? 1 : 0, 0; /* NVLink is not shown, reading and writing are */

@@ -13,6 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_GPUS 64
 #define MIB ((size_t)1 << 20)
+#define LARGEST_VALUES MIB /* of what values.c keeps of one copy */
 
 /* cudaError_t and CUresult agree on these numbers, but for their names. */
 enum {
@@ -80,13 +81,32 @@ void release_addresses(int device, uint64_t address, size_t size);
 int add_range(struct range added);
 int remove_range(uint64_t address, struct range *removed);
 
+/* values.c */
+void set_values(uint64_t address, const void *bytes, size_t size);
+int64_t get_values(uint64_t address, void *to, size_t size); /* how many bytes are known; the rest is zero */
+void copy_values(uint64_t to, uint64_t from, size_t size);
+void forget_values(uint64_t address, size_t size);
+
 /* streams.c */
 int stream_captures(void *stream);
 int stream_may_wait(void *stream); /* CAPTURE_UNSUPPORTED while it is captured */
 void count_captured_node(void *stream);
 
 /* launches.c */
-int launch(const void *function, void *stream);
-int reads_as_true(void); /* whether a boolean read back now is taken for true */
+int launch(const void *function, void **arguments, void *stream);
+
+/* results.c */
+enum kernel_kind {
+    NOT_YET_KNOWN, OTHER, FILLS, JOINS, COUNTS, SUMS_UP,
+    COMPARES, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, /* conditions.c */
+};
+enum kernel_kind kind_of_kernel(const char *mangled);
+void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments);
+void read_result(void *to, size_t size); /* changes what is read back by the kernel launched last in this thread */
+
+
+/* conditions.c */
+enum kernel_kind kind_of_condition(const char *mangled);
+void compute_condition(enum kernel_kind kind, const char *mangled, void **arguments);
 
 #endif
