@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import tyro
 
-from bigvivit.forecast.dryrun.launch import Outcome, Request, dry_run, scratch_folder
+from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.training.report import run_bench, write_report
@@ -111,7 +111,7 @@ def run_program(name: str, request: Request) -> dict[str, Any]:
 def describe(name: str, outcome: Outcome) -> dict[str, Any]:
     """What was seen of a run."""
     steps = [seconds for record in outcome.ranks for seconds in record["step_seconds"]]
-    failure = None if outcome.word == "fits" else " ".join(outcome.tail.splitlines()[-1:])
+    failure = None if outcome.word == "fits" else describe_failure(outcome)
     return {
         "program": name,
         "verdict": outcome.word,
@@ -125,6 +125,12 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
         "seconds_per_step": sum(steps) / len(steps) if steps else None,
         "failure": f"not ended after {MINUTES} minutes" if outcome.timed_out else failure,
     }
+
+
+def describe_failure(outcome: Outcome) -> str:
+    """One line: the one that names what the virtual GPU lacks, or an error's."""
+    lines = outcome.tail.splitlines() or ["it printed nothing"]
+    return f"{outcome.word}: {lines[0] if NO_ANSWER in lines[0] else lines[-1]}"
 
 
 def replay(folder: Path) -> bool | None:

@@ -34,6 +34,8 @@ ERROR_LINE = re.compile(r"(\[rank[0-9]+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|In
 """The line that ends a traceback, behind the rank that torchrun's processes may write first."""
 LAUNCHERS = re.compile(r"ChildFailedError|CalledProcessError|ProcessRaisedException|ProcessExitedException")
 """What launchers raise when a process of theirs has failed."""
+NO_ANSWER = "virtual GPU has no answer to"
+"""What the library writes where a program needs a part of CUDA that is not imitated."""
 
 Word = Literal["fits", "out of memory", "failed", "no GPU used"]
 
@@ -116,8 +118,12 @@ class Outcome:
 
     @property
     def tail(self) -> str:
-        """The end of the program's last traceback, before what its launcher says of it; else the last lines."""
+        """Where the virtual GPU lacks something, that and the lines that asked for it; else the end of the program's last
+        traceback, before what its launcher says of it; else the last lines."""
         lines = self.output.rstrip().splitlines()
+        lacks = next((number for number, line in enumerate(lines) if NO_ANSWER in line), None)
+        if lacks is not None:
+            return "\n".join(lines[lacks : lacks + TAIL_LINES])
         ends = [number for number, line in enumerate(lines) if ERROR_LINE.match(line) and not LAUNCHERS.search(line)]
         last = ends[-1] + 1 if ends else len(lines)
         return "\n".join(lines[max(last - TAIL_LINES, 0) : last])

@@ -11,11 +11,14 @@ from pathlib import Path
 from tests.launching import ROOT
 
 LOOPS = """
-import os, sys, torch, torch._dynamo
-from torch import nn
+import importlib.util, os, sys
 from bigvivit.forecast.dryrun import recorder
 
 recorder.install()
+assert importlib.util.find_spec("torch") is not None  # as libraries ask: torch is not imported yet
+
+import torch, torch._dynamo
+from torch import nn
 
 def plain():
     net = nn.Linear(4, 4)
