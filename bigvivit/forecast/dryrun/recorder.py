@@ -137,7 +137,6 @@ class Recorder:
             self.calls_per_step, self.calls = self.calls, 0
             self.step = before + 2
             self.step_ends.append(time.monotonic())
-            self.find_rank()
             if before == 0 and self.torch.cuda.is_initialized():
                 (self.folder / f"{os.getpid()}.stepping").touch()
         self.calls += 1
@@ -203,6 +202,7 @@ class Recorder:
         """Keep what the counters say at the end of a phase."""
         if not self.torch.cuda.is_initialized():
             return
+        self.find_rank()
         self.keep_peaks()
         counters = {}
         for device in range(self.torch.cuda.device_count()):
