@@ -146,20 +146,22 @@ def try_expandable(outcome: Outcome, folder: Path) -> dict[str, Any] | None:
         ((record, device) for record in outcome.ranks for device in record["devices"]),
         key=lambda pair: pair[1]["peak_reserved_bytes"],
     )
-    pid, device = fullest[0]["pid"], fullest[1]["device"]
-    events = folder / f"{pid}.{device}.jsonl.gz"
+    record, device = fullest
+    events = folder / f"{record['pid']}.{device['device']}.jsonl.gz"
     if not events.exists():
         return None
     trace = read_trace(events)
     if trace.settings.expandable_segments:
         return None
     found = compare(trace)
-    run = what_if(trace, AllocatorSettings(expandable_segments=True), None)
+    there = device["total_bytes"] - (device["peak_driver_bytes"] - device["peak_reserved_bytes"])
+    run = what_if(trace, AllocatorSettings(expandable_segments=True), there)
     return {
         "by": "allocator model",
         "evidence": "forecast",
         "model_repeats_this_run": found.exact,
-        "verdict": "fits",
+        "model_of_this_run_reserved_bytes": found.run.peak_reserved_bytes,
+        "verdict": "fits" if run.out_of_memory is None else "out of memory",
         "peak_allocated_bytes": run.peak_allocated_bytes,
         "peak_reserved_bytes": run.peak_reserved_bytes,
     }
@@ -340,12 +342,12 @@ def describe_expandable(outcome: Outcome, other: dict[str, Any] | None) -> Itera
         reserved = format_bytes(other["peak_reserved_bytes"])
         yield f"With PYTORCH_ALLOC_CONF={EXPANDABLE}, run again: {left}, {reserved} reserved at the peak."
         return
-    change = other["peak_reserved_bytes"] - outcome.peak("peak_reserved_bytes")
-    word = "more" if change > 0 else "less"
-    sure = "repeats this run exactly" if other["model_repeats_this_run"] else "does not repeat this run exactly"
+    reserved, own = other["peak_reserved_bytes"], other["model_of_this_run_reserved_bytes"]
+    sure = "repeats this run exactly" if other["model_repeats_this_run"] else f"gives {format_bytes(own)} for this run"
+    end = "" if other["verdict"] == "fits" else f", {other['verdict']}"
     yield (
-        f"With PYTORCH_ALLOC_CONF={EXPANDABLE}: {format_bytes(other['peak_reserved_bytes'])} reserved at the peak, "
-        f"{format_bytes(abs(change))} {word} (forecast, by our allocator model, which {sure})."
+        f"With PYTORCH_ALLOC_CONF={EXPANDABLE}: {format_bytes(reserved)} reserved at the peak{end}, in place of "
+        f"{format_bytes(outcome.peak('peak_reserved_bytes'))} (forecast, by our allocator model, which {sure})."
     )
 
 

@@ -127,6 +127,36 @@ def test_ranks_of_torchrun_end_without_a_word_of_their_launcher(program: Path, t
     ]
 
 
+CAUGHT = """
+import sys, torch
+net = torch.nn.Linear(1024, 1024).cuda()
+optimizer = torch.optim.AdamW(net.parameters())
+size = 4_000_000
+while True:
+    try:
+        optimizer.zero_grad()
+        net(torch.randn(size, 1024, device="cuda")).mean().backward()
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        if "gives up" in sys.argv:
+            break
+        size //= 8
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "code", "said"), [("halves", 0, "went on after 1 alloc"), ("gives up", 1, "15.3 GiB")]
+)
+def test_who_catches_the_error_fits_only_if_it_steps_after_it(
+    program: Path, tmp_path: Path, word: str, code: int, said: str
+) -> None:
+    program.write_text(CAUGHT)
+    done = dryrun("--gpu", "2080 Ti", "--", sys.executable, program, word, cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout
+
+
 @pytest.mark.slow
 def test_the_largest_size_that_fits_is_searched_for(program: Path, tmp_path: Path) -> None:
     program.write_text(TRAIN.replace("size, path = int(sys.argv[1])", "size, path = int(sys.argv[3]) * 65536"))

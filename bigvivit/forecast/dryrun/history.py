@@ -39,8 +39,8 @@ def describe_device(
 ) -> dict[str, Any]:
     """Phases with their peaks, the largest tensors at the peak, and whether all events were there to see."""
     own = [interval for interval in intervals if device in interval.counters]
-    complete = len(entries) < most_events
-    if not complete:
+    made = sum(entry["action"] == "alloc" for entry in entries)
+    if len(entries) >= most_events or not own or made != own[-1].counters[device]["allocations"]:
         return {"complete": False, "phases": [], "largest": []}
     peaks, place = find_peaks(entries, own, device)
     return {

@@ -71,14 +71,14 @@ class Outcome:
 
     @property
     def word(self) -> Word:
-        """The verdict. Only a program that ended well, or whose every rank did its steps, fits."""
-        done = bool(self.records) and all(record["ended"] == "steps" for record in self.records)
-        broke = (self.exit_code != 0 or self.timed_out) and not (done and len(self.ranks) >= self.world)
-        if any(record["error_is_out_of_memory"] for record in self.records):
-            return "out of memory"
-        if broke and any(record["shortages"] for record in self.records if record["ended"] != "steps"):
-            return "out of memory"
-        if broke:
+        """The verdict. Only a program that ended well, or whose every rank did its steps, fits; one that caught an
+        out-of-memory error does if it stepped after it."""
+        for record in self.records:
+            caught = record["shortages"][-1]["step"] <= record["steps"] if record["shortages"] else True
+            if record["error_is_out_of_memory"] or not caught:
+                return "out of memory"
+        trained = [record["ended"] == "steps" for record in self.records if record["steps"]]
+        if (self.exit_code != 0 or self.timed_out) and not (all(trained) and len(trained) >= self.world):
             return "failed"
         return "fits" if self.records else "no GPU used"
 

@@ -16,7 +16,9 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -296,8 +298,10 @@ class Recorder:
         deadline = time.monotonic() + PEERS_SECONDS
         while time.monotonic() < deadline and any(self.lacks_record(path) for path in self.folder.glob("*.stepping")):
             time.sleep(0.02)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler says that workers of a DataLoader died
+            for child in multiprocessing.active_children():
+                child.terminate()
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
