@@ -65,11 +65,19 @@ def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
     """
     flushes = explain_flushes(trace)
     real = [SegmentEvent(*event) for event in trace.events if event.kind in "SsMU"]
-    otherwise = descending_addresses()
+    lowest = min([event.address for event in real] + [segment.address for segment in trace.initial], default=1 << 46)
+    otherwise = descending_addresses(min(lowest, 1 << 46))  # below all that the driver gave: nothing is given twice
+    agreed, agrees = 0, True
 
     def reserve(size: int) -> int:
-        upcoming = real[len(allocator.log)] if len(allocator.log) < len(real) else None
-        return upcoming.address if upcoming is not None and upcoming.kind in "SM" else otherwise(size)
+        nonlocal agreed, agrees
+        place = len(allocator.log)
+        agrees = agrees and allocator.log[agreed:place] == real[agreed:place]
+        agreed = place
+        upcoming = real[place] if agrees and place < len(real) else None
+        if upcoming is not None and (upcoming.kind == "M" or (upcoming.kind == "S" and upcoming.size == size)):
+            return upcoming.address
+        return otherwise(size)
 
     allocator = Allocator(trace.settings, capacity_bytes=capacity_bytes or flushes.least_bytes, reserve=reserve)
     blocks = restore(allocator, trace)
