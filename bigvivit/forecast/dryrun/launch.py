@@ -118,8 +118,8 @@ class Outcome:
 
     @property
     def tail(self) -> str:
-        """What the virtual GPU lacks and the lines that asked for it, where that ended it; else the end of the program's
-        last traceback, before what its launcher says of it; else the last lines."""
+        """What the virtual GPU lacks and the lines that asked for it, where that ended it; else the end of the last
+        traceback, before what its launcher says of it; else the last lines."""
         lines = self.output.rstrip().splitlines()
         lacks = next((number for number, line in enumerate(lines) if NO_ANSWER in line), None)
         if lacks is not None:
