@@ -20,6 +20,7 @@ from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.training.report import run_bench, write_report
+from bigvivit.units import format_bytes
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
 STEPS, MINUTES = 3, 4
@@ -82,7 +83,7 @@ def main(arguments: Arguments) -> None:
         row = run_program(
             name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
         )
-        rows.append({**row, "started_by": how})
+        rows.append({**row, "started_by": how, "gpus": gpus})
         print(rows[-1], flush=True)
     settings = {"gpu": arguments.gpu, "steps": STEPS}
     stem = write_report(arguments.results, "dryrun_programs", device=torch.device("cpu"), settings=settings, rows=rows)
@@ -125,6 +126,17 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
         "seconds_per_step": sum(steps) / len(steps) if steps else None,
         "failure": f"not ended after {MINUTES} minutes" if outcome.timed_out else failure,
     }
+
+
+def docs_table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/dryrun.md."""
+    lines = ["| program | started by | GPUs | peak allocated | peak reserved | seconds | |", "| --- " * 7 + "|"]
+    for row in sorted(rows, key=lambda row: str(row["program"])):
+        sizes = [format_bytes(row[f"peak_{name}_bytes"]) for name in ("allocated", "reserved")]
+        cells = [row["program"], row["started_by"], str(row["gpus"]), *(sizes if row["verdict"] == "fits" else "--")]
+        cells += [f"{row['seconds']:.0f}", row["failure"] or row["verdict"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def describe_failure(outcome: Outcome) -> str:
