@@ -27,6 +27,7 @@ GRACE_SECONDS = 30.0
 """How long a command may go on after all of its ranks have done their steps."""
 END_SECONDS = 10.0
 """How long its processes may take from SIGTERM to SIGKILL."""
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_driver_bytes")
 TAIL_LINES = 20
 """Last lines of a failed program's output that are shown."""
 
@@ -115,6 +116,17 @@ class Outcome:
     def peak(self, key: str) -> int:
         """The most of a counter, such as `peak_reserved_bytes`, over all ranks and devices."""
         return max((device[key] for record in self.records for device in record["devices"]), default=0)
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most of each counter."""
+        return {key: self.peak(key) for key in PEAKS}
+
+    @property
+    def fullest(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rank, and of it the GPU, on which most was reserved."""
+        pairs = [(record, device) for record in self.ranks for device in record["devices"]]
+        return max(pairs, key=lambda pair: int(pair[1]["peak_reserved_bytes"]))
 
     @property
     def tail(self) -> str:
@@ -213,6 +225,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], ...]:
-    """By rank."""
+    """By rank, of those that asked a GPU for memory."""
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    records = [record for record in records if record["devices"]]
     return tuple(sorted(records, key=lambda record: (record["rank"], record["pid"])))

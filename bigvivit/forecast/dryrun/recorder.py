@@ -209,7 +209,7 @@ class Recorder:
         counters = {}
         for device in range(self.torch.cuda.device_count()):
             stats = self.torch.cuda.memory_stats(device)
-            if stats.get("allocation.all.allocated"):
+            if device in self.peaks:
                 counters[device] = {
                     "allocations": stats["allocation.all.allocated"],
                     "frees": stats["allocation.all.freed"],
@@ -223,7 +223,7 @@ class Recorder:
             return
         for device in range(self.torch.cuda.device_count()):
             stats = self.torch.cuda.memory_stats(device)
-            if not stats.get("allocation.all.allocated"):
+            if not stats.get("allocation.all.allocated") and not stats.get("num_ooms"):
                 continue
             kept = self.peaks.setdefault(device, {"peak_allocated": 0, "peak_reserved": 0})
             kept["peak_allocated"] = max(kept["peak_allocated"], stats["allocated_bytes.all.peak"])
