@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from bigvivit.forecast.dryrun import sandbox
 
 VARIABLE = "BIGVIVIT_DRYRUN"
 """What the recorder in each process reads."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 GRACE_SECONDS = 30.0
 """How long a command may go on after all of its ranks have done their steps."""
 END_SECONDS = 10.0
@@ -160,7 +163,7 @@ def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcom
     with log.open("wb") as file:
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=end_with_us,  # noqa: PLW1509 (no threads here)
         )  # fmt: skip
         try:
             timed_out = not wait(process, folder, 60 * request.minutes)
@@ -174,6 +177,11 @@ def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcom
         seconds=time.monotonic() - began,
         timed_out=timed_out,
     )
+
+
+def end_with_us() -> None:
+    """In the new process: ask the system for a SIGTERM when this program dies, as of a time limit in CI."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
