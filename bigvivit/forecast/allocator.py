@@ -97,12 +97,14 @@ class Allocator:
         capacity_bytes: int | None = None,
         device_bytes: int | None = None,
         reserve: Callable[[int], int] | None = None,
+        oldest_segment_first: bool = False,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self.capacity_bytes = capacity_bytes
         device_bytes = device_bytes or capacity_bytes
         self._address_range = device_bytes or 1 << 40
         self._reserve = reserve or descending_addresses()
+        self._oldest_segment_first, self._segments = oldest_segment_first, 0
         self._allowed: int | None = None
         if settings.per_process_memory_fraction < 1:
             if device_bytes is None:
@@ -192,12 +194,12 @@ class Allocator:
             self.synchronize(stream)
         for small in (False, True):
             for pool in self._by_stream(small):
-                for _, _, block in list(pool.free):
+                for *_, block in list(pool.free):
                     if block.expandable is None and block.whole:
                         self._release(block)
             # expandable blocks after the others of the pool: unmapping changes the lists
             for pool in self._by_stream(small):
-                for _, _, block in list(pool.free):
+                for *_, block in list(pool.free):
                     if block.expandable is not None:
                         self._unmap(block)
 
@@ -261,7 +263,7 @@ class Allocator:
     def blocks(self) -> Iterator[Block]:
         """Cached and unmapped blocks of all pools, in no order that matters."""
         for pool in self._pools.values():
-            yield from (block for _, _, block in pool.free)
+            yield from (block for *_, block in pool.free)
             yield from (block for _, block in pool.unmapped)
 
     def round_size(self, size: int) -> int:
@@ -302,17 +304,17 @@ class Allocator:
         free, index = pool.free, bisect_left(pool.free, (size, 0))
         if index == len(free):
             return None
-        if free[index][2].expandable is not None:
+        if free[index][3].expandable is not None:
             if self.settings.expandable_segments:
                 # A block at a segment's end counts as what it can grow to: others are taken before it.
                 while (
                     index + 1 < len(free)
-                    and free[index][2].expandable is not None
-                    and room(free[index + 1][2]) < room(free[index][2])
+                    and free[index][3].expandable is not None
+                    and room(free[index + 1][3]) < room(free[index][3])
                 ):
                     index += 1
             else:
-                while index < len(free) and free[index][2].expandable is not None:
+                while index < len(free) and free[index][3].expandable is not None:
                     index += 1
                 if index == len(free):
                     return None
@@ -323,7 +325,7 @@ class Allocator:
             else found >= size + self.settings.max_non_split_rounding_bytes
         ):
             return None
-        return free.pop(index)[2]
+        return free.pop(index)[3]
 
     def _grow(self, pool: Pool, size: int) -> Block | None:
         """Ask the device for memory (alloc_block); None where it has no room."""
@@ -334,10 +336,14 @@ class Allocator:
             return self._grow_expandable(pool, size)
         if self.capacity_bytes is not None and self.reserved_bytes + segment > self.capacity_bytes:
             return None
-        block = Block(pool, self._reserve(segment), segment)
+        block = Block(pool, self._reserve(segment), segment, segment=self._next_segment())
         self._count_reserved(segment)
         self.log.append(SegmentEvent("S", block.address, segment, pool.stream))
         return block
+
+    def _next_segment(self) -> int:
+        self._segments += self._oldest_segment_first
+        return self._segments
 
     def _grow_expandable(self, pool: Pool, size: int) -> Block | None:
         """try_allocate_expandable_block; what could be mapped before the device was full stays mapped."""
@@ -426,7 +432,7 @@ class Allocator:
             pool.insert_unmapped(block)
 
     def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.pool, block.address + size, block.size - size, block.expandable)
+        rest = Block(block.pool, block.address + size, block.size - size, block.expandable, block.segment)
         link_after(block, rest)
         block.size = size
         self._insert(rest)
@@ -468,11 +474,11 @@ class Allocator:
             return False
         wanted = max(size, self._max_split)
         index = bisect_left(pool.free, (wanted, 0))
-        if index < len(pool.free) and pool.free[index][2].expandable is None:
-            self._release(pool.free[index][2])
+        if index < len(pool.free) and pool.free[index][3].expandable is None:
+            self._release(pool.free[index][3])
             return True
         released = 0
-        for found, _, block in reversed(pool.free[:index]):
+        for found, _, _, block in reversed(pool.free[:index]):
             if released >= wanted or found < self._max_split:
                 break
             if block.expandable is None:
@@ -488,7 +494,7 @@ class Allocator:
         if self.reserved_bytes <= threshold:
             return
         target, reclaimed, lookups = self.reserved_bytes - threshold, 0, self._lookups[False]
-        whole = [block for pool in self._by_stream(False) for _, _, block in pool.free if block.whole]
+        whole = [block for pool in self._by_stream(False) for *_, block in pool.free if block.whole]
         total_age, count = sum(lookups - block.age_base for block in whole), len(whole)
         freed = True
         while reclaimed < target and freed and count:
