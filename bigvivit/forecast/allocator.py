@@ -5,13 +5,16 @@ are followed. Needs no torch and no GPU.
 
 Published traces of real GPUs confirm: rounding, the two pools, best fit with the lowest address first among equals,
 splitting, coalescing, sizes and order of segments, flushes and retries, and how expandable segments grow. Written from
-the source and confirmed by no trace: `record_stream`, `max_split_size_mb`, `roundup_power2_divisions`, garbage
+the source and in no trace: `record_stream`, `max_split_size_mb`, `roundup_power2_divisions`, garbage
 collection, a memory fraction, another large segment size, unmapping, several streams. Not modelled: CUDA graphs and
 private pools, `PYTORCH_NO_CUDA_MEMORY_CACHING`, `backend:cudaMallocAsync`.
 
 The recordings come from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment
-before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`); that is not modelled
-yet, so there the model may choose another of several equal blocks.
+before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`): `oldest_segment_first`.
+
+PyTorch's own allocator on virtual GPUs (forecast/virtual_gpu) confirms all of it but `record_stream` for random programs:
+every block, segment, flush and out-of-memory, on two streams, with expandable segments, `max_split_size_mb`, garbage
+collection, a memory fraction, roundings and another large segment size.
 """
 
 from __future__ import annotations
@@ -64,6 +67,12 @@ class OutOfMemory(Exception):  # noqa: N818 - the name PyTorch's users know
             f"{format_bytes(self.segment_bytes)} needed, {format_bytes(self.reserved_bytes)} of "
             f"{format_bytes(self.limit_bytes)} reserved, of which {format_bytes(cached)} cannot be given back or used"
         )
+
+
+def oldest_segment_first(torch_version: str) -> bool:
+    """Whether this PyTorch takes, of cached blocks of one size, the one in the oldest segment, and only then the lowest."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return (major, minor) >= (2, 14)
 
 
 def descending_addresses(top: int = 1 << 46, step: int = 32 * MiB) -> Callable[[int], int]:
