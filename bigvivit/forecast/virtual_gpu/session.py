@@ -63,8 +63,8 @@ def check_architecture(gpu: str, library: Library) -> None:
     if not any(code <= capability and code // 10 == capability // 10 for code in library.architectures):
         has = ", ".join(f"{code / 10:.1f}" for code in library.architectures)
         raise ConfigError(
-            f"gpu={gpu!r} has compute capability {capability / 10:.1f}, for which torch {library.torch} has no code (it "
-            f"has {has}): choose another card, or a build of PyTorch for it"
+            f"gpu={gpu!r} has compute capability {capability / 10:.1f}, for which torch {library.torch} has no code "
+            f"(it has {has}): choose another card, or a build of PyTorch for it"
         )
 
 
