@@ -19,7 +19,8 @@ from bigvivit.forecast.virtual_gpu.build import Library, build_library
 from bigvivit.forecast.virtual_gpu.cards import describe, find_card
 from bigvivit.forecast.virtual_gpu.inside import VARIABLE
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 START = """
 import pickle, sys
 sys.path[:] = pickle.loads(bytes.fromhex(sys.argv.pop()))
