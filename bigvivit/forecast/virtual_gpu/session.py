@@ -114,7 +114,7 @@ class Child:
             raise VirtualGpuError(self._how_it_ended()) from None
         self._show_errors()
         if fine:
-            return value  # type: ignore[no-any-return]
+            return value
         raise value from cause
 
     def _start(self) -> Connection:
