@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -22,8 +23,8 @@ from bigvivit.forecast.virtual_gpu.inside import VARIABLE
 P = ParamSpec("P")
 R = TypeVar("R")
 START = """
-import pickle, sys
-sys.path[:] = pickle.loads(bytes.fromhex(sys.argv.pop()))
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
 from bigvivit.forecast.virtual_gpu.child import serve
 serve(int(sys.argv.pop()))
 """
@@ -120,7 +121,7 @@ class Child:
     def _start(self) -> Connection:
         if self._connection is None:
             self._connection, theirs = Pipe()
-            command = [sys.executable, "-c", START, str(theirs.fileno()), pickle.dumps(sys.path).hex()]
+            command = [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(sys.path)]
             env = {**os.environ, **self._env}
             self._process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], stderr=self._errors, stdin=subprocess.DEVNULL
