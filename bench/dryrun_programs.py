@@ -7,6 +7,7 @@ GPU here.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from bigvivit.training.report import run_bench, write_report
 from bigvivit.units import format_bytes
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
-STEPS, MINUTES = 3, 4
+STEPS, MINUTES = 3, 3
 CLIP = (
     *("python", "-m", "open_clip_train.main", "--dataset-type", "synthetic", "--train-num-samples", "256"),
     *("--batch-size", "16", "--model", "ViT-B-32", "--workers", "0", "--epochs", "1", "--precision", "amp_bf16"),
@@ -77,16 +78,22 @@ def main(arguments: Arguments) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         str(path) for path in (arguments.packages, os.environ.get("PYTHONPATH")) if path
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    partial = arguments.results / "dryrun_programs.partial.jsonl"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
     for name in names:
         how, gpus, command = programs[name]
         row = run_program(
             name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
         )
         rows.append({**row, "started_by": how, "gpus": gpus})
-        print(rows[-1], flush=True)
+        with partial.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{name}: {rows[-1]['failure'] or rows[-1]['verdict']}, {rows[-1]['seconds']:.0f} s", flush=True)
     settings = {"gpu": arguments.gpu, "steps": STEPS}
     stem = write_report(arguments.results, "dryrun_programs", device=torch.device("cpu"), settings=settings, rows=rows)
+    partial.unlink()
     print(f"wrote {stem}.json and .md")
 
 
