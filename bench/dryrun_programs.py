@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import tyro
 
+from bigvivit.forecast.dryrun.expandable import has_newer_order
 from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.snapshot import read_trace
@@ -112,7 +113,7 @@ def run_program(name: str, request: Request) -> dict[str, Any]:
         finally:
             os.chdir(before)
         row = describe(name, outcome)
-        row["replayed_exactly"] = replay(folder)
+        row["replayed_exactly"] = replay(folder, has_newer_order(torch.__version__))
     return row
 
 
@@ -152,10 +153,12 @@ def describe_failure(outcome: Outcome) -> str:
     return f"{outcome.word}: {lines[0] if NO_ANSWER in lines[0] else lines[-1]}"
 
 
-def replay(folder: Path) -> bool | None:
+def replay(folder: Path, newer: bool) -> bool | None:
     """Whether the allocator model asks for every segment that PyTorch's did; None where nothing was kept."""
     events = sorted(folder.glob("*.jsonl.gz"))
-    return all(compare(read_trace(path)).exact for path in events) if events else None
+    if not events:
+        return None
+    return all(compare(read_trace(path), oldest_segment_first=newer).exact for path in events)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Flushes:
     """Places of the events before which the program emptied the cache."""
 
 
-def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
+def compare(trace: Trace, capacity_bytes: int | None = None, *, oldest_segment_first: bool = False) -> Comparison:
     """Replay a trace from its recorded initial state under its own settings, at the addresses the driver gave.
 
     The driver's addresses are taken from the trace as long as model and trace agree; after that from
@@ -79,7 +79,12 @@ def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
             return upcoming.address
         return otherwise(size)
 
-    allocator = Allocator(trace.settings, capacity_bytes=capacity_bytes or flushes.least_bytes, reserve=reserve)
+    allocator = Allocator(
+        trace.settings,
+        capacity_bytes=capacity_bytes or flushes.least_bytes,
+        reserve=reserve,
+        oldest_segment_first=oldest_segment_first,
+    )
     blocks = restore(allocator, trace)
     matching = 0
 
@@ -104,14 +109,16 @@ def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
     )
 
 
-def what_if(trace: Trace, settings: AllocatorSettings, capacity_bytes: int | None) -> Run:
+def what_if(
+    trace: Trace, settings: AllocatorSettings, capacity_bytes: int | None, *, oldest_segment_first: bool = False
+) -> Run:
     """The trace's program under other settings, from an empty device: what was there before is allocated first."""
     before = [
         Event("a", address, requested or size, segment.stream)
         for segment in trace.initial
         for address, size, requested in segment.live
     ]
-    allocator = Allocator(settings, capacity_bytes=capacity_bytes)
+    allocator = Allocator(settings, capacity_bytes=capacity_bytes, oldest_segment_first=oldest_segment_first)
     return simulate([*before, *program_of(trace, explain_flushes(trace))], allocator)
 
 

@@ -31,9 +31,10 @@ def try_expandable(outcome: Outcome, folder: Path) -> dict[str, Any] | None:
     trace = read_trace(events)
     if trace.settings.expandable_segments:
         return None
-    found = compare(trace)
+    newer = has_newer_order(record["torch"])
+    found = compare(trace, oldest_segment_first=newer)
     there = device["total_bytes"] - (device["peak_driver_bytes"] - device["peak_reserved_bytes"])
-    run = what_if(trace, AllocatorSettings(expandable_segments=True), there)
+    run = what_if(trace, AllocatorSettings(expandable_segments=True), there, oldest_segment_first=newer)
     return {
         "by": "allocator model",
         "evidence": "forecast",
@@ -43,3 +44,8 @@ def try_expandable(outcome: Outcome, folder: Path) -> dict[str, Any] | None:
         "peak_allocated_bytes": run.peak_allocated_bytes,
         "peak_reserved_bytes": run.peak_reserved_bytes,
     }
+
+
+def has_newer_order(version: str) -> bool:
+    """Whether this PyTorch takes the block of the oldest segment among cached ones of equal size: since 2.14."""
+    return tuple(map(int, version.split(".")[:2])) >= (2, 14)
