@@ -53,8 +53,7 @@ class Recorder:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.intervals: list[Interval] = []
         self.phase, self.step, self.line = "loading", 1, ""
-        self.depth = 0  # of backwards within one another, and of optimizer steps
-        self.stepping = 0
+        self.depth, self.stepping = 0, 0  # backward passes, and optimizer steps, within one another
         self.backward_since: set[int] = set()  # optimizers that have stepped since the last backward began
         self.counts: Counter[int] = Counter()
         self.calls, self.calls_per_step = 0, 0
@@ -102,6 +101,8 @@ class Recorder:
 
         @functools.wraps(function)
         def backward(*args: Any, **kwargs: Any) -> Any:
+            if self.torch.compiler.is_compiling():  # torch.compile knows the function, and not this one
+                return function(*args, **kwargs)
             if not self.depth:
                 self.first_forward.remove()
                 self.backward_since.clear()
