@@ -63,6 +63,8 @@ class PlanConfig:
     """Of the head."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
     """The last two are bitsandbytes'."""
+    ema: float = 0.0
+    """Decay of the moving average of the trained weights, as training's `--optim.ema`: any above 0 is one more copy."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     cached: bool = False
@@ -88,6 +90,8 @@ class PlanConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
+        if self.ema and self.ds is not None:
+            raise ConfigError(f"ema={self.ema} under ds={self.ds}: DeepSpeed keeps no averages; leave it out")
         if self.fsdp and self.optimizer.endswith("8bit"):
             raise ConfigError(
                 f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
@@ -118,7 +122,7 @@ def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
     card = find_hardware(config.hardware)
     batch_size = config.clips * config.ranks
-    optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0)
+    optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema)
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
     require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
@@ -137,6 +141,7 @@ def plan(config: PlanConfig) -> None:
         clips=config.clips,
         classes=config.classes,
         optimizer=config.optimizer,
+        ema=config.ema,
         plan=resolve_types(config.memory, card),
         fsdp=config.fsdp,
         ds=ds,

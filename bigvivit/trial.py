@@ -70,6 +70,8 @@ class Trial:
     cached: bool = False
     """The micro-batch is vectors that a cache holds: the tower is there, and does not run."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    ema: float = 0.0
+    """Decay of the moving average of the trained weights; 0 keeps none."""
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     fsdp: bool = False
     ds: dict[str, Any] | None = None
@@ -112,7 +114,12 @@ def build_trial(
     clip = ClipConfig(frames=trial.frames, size=trial.size, resize=trial.size)
     batch_size = trial.clips * trial.world * trial.accumulate
     optim = OptimConfig(
-        name=trial.optimizer, batch_size=batch_size, accumulate=trial.accumulate, epochs=1, warmup_epochs=0
+        name=trial.optimizer,
+        batch_size=batch_size,
+        accumulate=trial.accumulate,
+        epochs=1,
+        warmup_epochs=0,
+        ema=trial.ema,
     )
     source = open_source(trial, model_config, fake=fake)
     model: ViViT | ProbeBank
