@@ -178,6 +178,8 @@ class OptimConfig:
     """Greatest norm of the whole gradient; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    fused: bool = False
+    """Update all weights in one kernel each for the whole step (PyTorch's `fused=True`), of sgd and adamw."""
     ema: float = 0.0
     """Decay of the exponential moving average of the trained weights that is validated and kept in their place; its
     window grows with the first steps. 0 keeps the weights themselves."""
@@ -195,6 +197,8 @@ class OptimConfig:
         for name in ("warmup_steps", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if self.fused and self.eight_bit:
+            raise ConfigError(f"optim.fused with optim.name={self.name}: bitsandbytes' are fused already; leave it out")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.ema < 1:
@@ -296,6 +300,9 @@ class TrainConfig:
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
+    tf32: bool = False
+    """Let fp32 matrix products and convolutions on CUDA round their factors to 10 bits: several times faster from
+    Ampere on. Without it they are exact, convolutions too, which PyTorch would round by default."""
     preset: Literal["small"] | None = None
     """Settings that go together, for all that the command line does not say itself. `small`: some hundred clips."""
     seed: int = 0

@@ -75,6 +75,7 @@ def describe_step(job: Job, device: torch.device) -> Trial:
         accumulate=config.optim.accumulate,
         classes=len(job.manifest.classes),
         optimizer=config.optim.name,
+        fused=config.optim.fused,
         ema=config.optim.ema,
         plan=replace(plan, **types),  # type: ignore[arg-type]
         fsdp=config.fsdp,

@@ -63,6 +63,8 @@ class PlanConfig:
     """Of the head."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
     """The last two are bitsandbytes'."""
+    fused: bool = False
+    """One kernel for all weights, as training's `--optim.fused`."""
     ema: float = 0.0
     """Decay of the moving average of the trained weights, as training's `--optim.ema`: any above 0 is one more copy."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
@@ -122,7 +124,9 @@ def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
     card = find_hardware(config.hardware)
     batch_size = config.clips * config.ranks
-    optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema)
+    optim = OptimConfig(
+        name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema, fused=config.fused
+    )
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
     require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
@@ -141,6 +145,7 @@ def plan(config: PlanConfig) -> None:
         clips=config.clips,
         classes=config.classes,
         optimizer=config.optimizer,
+        fused=config.fused,
         ema=config.ema,
         plan=resolve_types(config.memory, card),
         fsdp=config.fsdp,

@@ -70,6 +70,8 @@ class Trial:
     cached: bool = False
     """The micro-batch is vectors that a cache holds: the tower is there, and does not run."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    fused: bool = False
+    """Whether the optimizer updates all weights in one kernel."""
     ema: float = 0.0
     """Decay of the moving average of the trained weights; 0 keeps none."""
     plan: MemoryPlan = field(default_factory=MemoryPlan)
@@ -119,6 +121,7 @@ def build_trial(
         accumulate=trial.accumulate,
         epochs=1,
         warmup_epochs=0,
+        fused=trial.fused,
         ema=trial.ema,
     )
     source = open_source(trial, model_config, fake=fake)

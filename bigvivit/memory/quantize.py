@@ -85,9 +85,8 @@ def dequantize(codes: Tensor, scales: Tensor, shape: torch.Size, compute: torch.
     count = shape.numel()
     rows = torch.Size([count // NF4_BLOCK, NF4_BLOCK] if count % NF4_BLOCK == 0 else [1, count])
     state = bnb.QuantState(
-        absmax=scales, shape=rows, code=bnb.get_4bit_type("nf4", codes.device), blocksize=NF4_BLOCK,
-        quant_type="nf4", dtype=compute,
-    )  # fmt: skip
+        absmax=scales, shape=rows, blocksize=NF4_BLOCK, quant_type="nf4", dtype=compute
+    )  # without the table of values, which its kernels have, and which would have to be copied to the device each time
     return bnb.dequantize_4bit(codes, state).view(shape)
 
 

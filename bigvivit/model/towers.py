@@ -157,7 +157,11 @@ class Embed(nn.Module):
         pixels, dtype = pixels.to(weight.device, non_blocking=True), weight.dtype
         frames = pixels.shape[1] // 3
         # Built here from numbers, so that no buffer has to follow the module from device to device.
-        mean, std = (torch.tensor(rgb * frames, device=pixels.device).view(-1, 1, 1) for rgb in (self.mean, self.std))
+        # Not made on the device, which would have to be waited for.
+        mean, std = (
+            torch.tensor(rgb * frames).view(-1, 1, 1).to(pixels.device, non_blocking=True)
+            for rgb in (self.mean, self.std)
+        )
         first, *others = self.children()
         hidden = first(((pixels / 255 - mean) / std).to(dtype), **self.family.embed_options)
         for part in others:

@@ -35,8 +35,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             return bitsandbytes.optim.SGD8bit(options, lr=config.lr, momentum=0.9)
         return bitsandbytes.optim.AdamW8bit(options, lr=config.lr)
     if config.name == "sgd":
-        return torch.optim.SGD(options, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(options, lr=config.lr)
+        return torch.optim.SGD(options, lr=config.lr, momentum=0.9, fused=config.fused or None)
+    return torch.optim.AdamW(options, lr=config.lr, fused=config.fused or None)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

@@ -22,8 +22,8 @@ def round_to(weight: Tensor, storage: str) -> Tensor:
     if storage == "bf16":
         return weight.bfloat16().float()
     if storage == "int8":
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        return (weight / scale).round() * scale
+        largest = weight.abs().amax(1, keepdim=True)
+        return (weight * (127 / largest)).round() * (largest / 127)
     blocks = pad(weight.reshape(-1), (0, -weight.numel() % 64)).view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(-1)
