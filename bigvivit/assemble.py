@@ -139,11 +139,17 @@ def prepare_model(source: TowerSource, model: ModelConfig, clip: ClipConfig) -> 
     assert model.tubelet is not None
     assert model.temporal_input is not None
     try:
-        tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
+        tower = build_tower(
+            source.spec,
+            tubelet=model.tubelet,
+            image_size=clip.size,
+            droplayer=model.droplayer,
+            patch_grid=model.patch_grid,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     options = {"frames": clip.frames, "tubelet": model.tubelet, "droplayer": model.droplayer}
-    return tower, {**options, "temporal_input": model.temporal_input}
+    return tower, {**options, "temporal_input": model.temporal_input, "patch_grid": model.patch_grid}
 
 
 def tower_folder(run: Path, header: Header) -> Path | None:

@@ -44,6 +44,9 @@ class ModelConfig:
     temporal_input: Literal["centred", "original"] | None = None
     """What the temporal transformer sees: how the frame vectors of a clip change, at unit size, with their mean apart,
     or, as in the original, the vectors as they are [default: centred]."""
+    patch_grid: int = 0
+    """Patches of each tubelet that stage 2 sees besides the tower's vector, averaged to a grid of so many by so many
+    cells: attention learns what to take from them, as V-JEPA 2's probes do. 0: the vector alone."""
     droplayer: float = 0.0
     """Stochastic depth: rate of the deepest block of each transformer, growing linearly from 0 (paper, Table 7)."""
 
@@ -52,6 +55,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 1")
+        if self.patch_grid < 0:
+            raise ConfigError(f"model.patch_grid={self.patch_grid} must not be negative")
         if not 0 <= self.droplayer < 1:
             raise ConfigError(f"model.droplayer={self.droplayer} is a probability: give a number from 0 to below 1")
 
@@ -343,6 +348,8 @@ class TrainConfig:
             raise ConfigError(f"init_from={self.init_from} is for stage 2: leave it out, or give --stage 2")
         if self.stage == 1 and self.model.tower is None:
             raise ConfigError("model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>")
+        if self.stage == 1 and self.model.patch_grid:
+            raise ConfigError(f"model.patch_grid={self.model.patch_grid} is for stage 2: leave it out")
         check_optim(self)
         if self.init_from is None:
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
@@ -434,7 +441,7 @@ def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelCon
     changes, contradictions = {}, []
     for item in fields(ModelConfig):
         value, old = getattr(given, item.name), getattr(known, item.name)
-        if item.name in ("droplayer", "allow_pickle"):  # of this run, not properties of the weights
+        if item.name in ("droplayer", "allow_pickle", "patch_grid"):  # of this run, not properties of the weights
             continue
         if value is None:
             changes[item.name] = old

@@ -70,6 +70,7 @@ def describe_step(job: Job, device: torch.device) -> Trial:
         tubelet=config.model.tubelet,
         temporal_depth=config.model.temporal_depth,
         temporal_input=config.model.temporal_input,
+        patch_grid=config.model.patch_grid,
         droplayer=config.model.droplayer,
         clips=job.micro_batch,
         accumulate=config.optim.accumulate,

@@ -59,6 +59,8 @@ class PlanConfig:
     """Frames per tubelet."""
     temporal_depth: int = 4
     """Layers of the temporal transformer."""
+    patch_grid: int = 0
+    """Cells along an edge of the grid of patches that stage 2 sees, as training's `--model.patch-grid`."""
     classes: int = 400
     """Of the head."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
@@ -107,6 +109,9 @@ class PlanConfig:
             raise ConfigError(f"probe={self.probe} is for stage 2, and not for DeepSpeed: leave --probe out")
         if self.cached and self.stage == 1:
             raise ConfigError("cached is for stage 2, whose tower is frozen: leave it out")
+        if self.patch_grid and self.stage == 1:
+            raise ConfigError(f"patch_grid={self.patch_grid} is for stage 2: leave it out")
+        ModelConfig(patch_grid=self.patch_grid)
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
         check_frames(self.frames, self.tubelet)
         check_memory(self.memory, self.stage)
@@ -142,6 +147,7 @@ def plan(config: PlanConfig) -> None:
         size=config.size,
         tubelet=config.tubelet,
         temporal_depth=config.temporal_depth,
+        patch_grid=config.patch_grid,
         clips=config.clips,
         classes=config.classes,
         optimizer=config.optimizer,

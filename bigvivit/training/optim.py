@@ -66,7 +66,7 @@ def peak_rate(name: str, layers: int, config: OptimConfig) -> float:
     In the tower each layer has `layer_decay` times the rate of the one above: the embedding lies below the first, the
     final norm and pooling above the last (BEiT's schedule, arXiv:2106.08254).
     """
-    part = name.partition(".")[0]
+    part = name.partition(".")[0].replace("pooling", "adapter")  # both are stage 2's own
     rate = getattr(config, f"{part}_lr") if part in PARTS else None
     rate = config.lr if rate is None else rate
     if part == "tower":

@@ -41,6 +41,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "bank with averages": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "depths": [1, 2], "ema": 0.9},
     "bank": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "depths": [1, 2, 1], "optimizer": "adamw"},
     "cached": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "optimizer": "adamw"},
+    "patches": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "patch_grid": 4},
+    "cached patches": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "patch_grid": 2, "depths": [2, 1]},
     "cached bank": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "depths": [2, 1, 1]},
     "offload": {"stage": 1, "size": 224, "plan": {"offload_activations": True}, "optimizer": "adamw"},
 }
