@@ -11,11 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bigvivit.units import GiB
+from bigvivit.units import GiB, MiB
 
 Rate = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 Kernel = Literal["flash", "memory_efficient", "math"]
 TERA, GIGA = 10**12, 10**9
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """What CUDA says of an NVIDIA card, beyond what its compute capability fixes."""
+
+    name: str
+    """As `torch.cuda.get_device_name` gives it."""
+    multiprocessors: int
+    l2_bytes: int
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,8 @@ class Accelerator:
     """To the processor's memory: the nominal rate of its PCIe generation, sixteen lanes."""
     source: str
     """Of bandwidth, rates and links."""
+    device: CudaDevice | None = None
+    """What a virtual GPU shows; None on others."""
 
 
 def kernels_of(capability: int | None) -> tuple[Kernel, ...]:
@@ -68,6 +81,7 @@ def nvidia(
     tera: dict[Rate, float],
     pcie: Literal[3, 4, 5],
     source: str,
+    device: CudaDevice,
     nvlink_gb_per_second: float | None = None,
 ) -> Accelerator:
     """A row of an NVIDIA card. PCIe cards talk through the host; bridges that one can buy are not counted."""
@@ -85,9 +99,16 @@ def nvidia(
         link_bandwidth=nvlink_gb_per_second * GIGA if nvlink_gb_per_second else host,
         host_bandwidth=host,
         source=source,
+        device=device,
     )
 
 
+def cuda(name: str, multiprocessors: int, l2_mib: float, source: str) -> CudaDevice:
+    return CudaDevice(name, multiprocessors, int(l2_mib * MiB), source)
+
+
+PRINTED = "get_device_properties as printed in public files (exact-string search, files not identified)"
+CORES = "cores ÷ 128 and L2 of NVIDIA's white paper on the architecture; no printed line was found"
 SPECS = "github.com/winston-zhang-orz/gpu-specs, specs.md"
 HOPPER: dict[Rate, float] = {"fp32": 66.9, "tf32": 494.7, "fp16": 989.4, "bf16": 989.4, "int8": 1978.9, "fp8": 1978.9}
 AMPERE: dict[Rate, float] = {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312, "int8": 624}
@@ -103,6 +124,12 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=3,
         source="bandwidth: 3dfxzone.it, news 28580; rates derived from 68 multiprocessors with 8 tensor cores each "
         "(vortez.net, ZOTAC RTX 2080 Ti AMP review) of 64 fused operations at 1.545 GHz, halved for fp32 accumulation",
+        device=cuda(
+            "NVIDIA GeForce RTX 2080 Ti",
+            68,
+            5.5,
+            f"multiprocessors: {PRINTED}, where the name lacks NVIDIA; L2: NVIDIA's Turing white paper",
+        ),
     ),
     nvidia(
         "RTX 3090",
@@ -114,6 +141,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=4,
         source="holynerdvana.blogspot.com, RTX 3090 specifications (fp16 142 with fp16 accumulation, halved here; int8 "
         "and tf32 derived: twice fp16 with fp16 accumulation, half of fp16)",
+        device=cuda("NVIDIA GeForce RTX 3090", 82, 6, CORES),
     ),
     nvidia(
         "RTX 4090",
@@ -124,6 +152,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 82.6, "tf32": 82.6, "fp16": 165.2, "bf16": 165.2, "int8": 660.6, "fp8": 330.3},
         pcie=4,
         source=f"waredb.com, NVIDIA GeForce RTX 4090; hmc-tech.com, RTX 4090 against RTX PRO 5000; PCIe: {SPECS}",
+        device=cuda("NVIDIA GeForce RTX 4090", 128, 72, CORES),
     ),
     nvidia(
         "RTX 5090",
@@ -135,6 +164,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=5,
         source="spheron.network, RTX 5090 specs (fp16 838.4 with sparsity and fp16 accumulation: a quarter; fp8 "
         "likewise, int8 and tf32 derived). xzwgit/gpu-flops-bench measured more: bf16 254, tf32 126, fp8 774, int8 906",
+        device=cuda("NVIDIA GeForce RTX 5090", 170, 96, CORES),
     ),
     nvidia(
         "T4",
@@ -145,6 +175,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 8.1, "fp16": 65, "int8": 130},
         pcie=3,
         source=f"{SPECS}; Lightning-AI/pytorch-lightning, fabric/utilities/throughput.py",
+        device=cuda("Tesla T4", 40, 4, f"name, multiprocessors: {PRINTED}; L2: NVIDIA's Turing white paper"),
     ),
     nvidia(
         "V100 16GB",
@@ -158,6 +189,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         nvlink_gb_per_second=150,
         source=f"SXM2: {SPECS}; Lightning-AI/pytorch-lightning, throughput.py; NVLink: manualshelf.com, Dell EMC Ready "
         "Solutions for AI, page 17",
+        device=cuda("Tesla V100-SXM2-16GB", 80, 6, f"name, multiprocessors: {PRINTED}; L2: NVIDIA's Volta white paper"),
     ),
     nvidia(
         "V100 32GB",
@@ -170,6 +202,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=3,
         nvlink_gb_per_second=150,
         source="as V100 16GB",
+        device=cuda("Tesla V100-SXM2-32GB", 80, 6, "as V100 16GB"),
     ),
     nvidia(
         "A10",
@@ -182,6 +215,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 31.2, "tf32": 62.5, "fp16": 125, "bf16": 125, "int8": 250},
         pcie=4,
         source=SPECS,
+        device=cuda("NVIDIA A10", 72, 6, f"{CORES}; an A10G has 80"),
     ),
     nvidia(
         "L4",
@@ -192,6 +226,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 30.3, "tf32": 60, "fp16": 121, "bf16": 121, "int8": 242, "fp8": 242},
         pcie=4,
         source=SPECS,
+        device=cuda("NVIDIA L4", 58, 48, CORES),
     ),
     nvidia(
         "A100 40GB",
@@ -204,6 +239,12 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=4,
         nvlink_gb_per_second=300,
         source="SXM4: glennklockwood.com/garden/processors/A100",
+        device=cuda(
+            "NVIDIA A100-SXM4-40GB",
+            108,
+            40,
+            f"multiprocessors: {PRINTED} of an A100-PCIE-40GB; L2: NVIDIA's Ampere white paper",
+        ),
     ),
     nvidia(
         "A100 80GB",
@@ -216,6 +257,9 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=4,
         nvlink_gb_per_second=300,
         source="SXM4: glennklockwood.com/garden/processors/A100",
+        device=cuda(
+            "NVIDIA A100-SXM4-80GB", 108, 40, f"name, multiprocessors: {PRINTED}; L2: NVIDIA's Ampere white paper"
+        ),
     ),
     nvidia(
         "RTX A6000",
@@ -227,6 +271,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 38.7, "tf32": 77.4, "fp16": 154.8, "bf16": 154.8, "int8": 309.7},
         pcie=4,
         source="llmperf.net, Nvidia-A6000-GPUs; fp32 and PCIe: sysrqmts.com, RTX A6000; tf32 derived: half of fp16",
+        device=cuda("NVIDIA RTX A6000", 84, 6, f"name, multiprocessors: {PRINTED}; L2: NVIDIA's white paper on GA102"),
     ),
     nvidia(
         "L40S",
@@ -238,6 +283,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         tera={"fp32": 91.6, "tf32": 183, "fp16": 362, "bf16": 362, "int8": 733, "fp8": 733},
         pcie=4,
         source=SPECS,
+        device=cuda("NVIDIA L40S", 142, 96, f"name, multiprocessors: {PRINTED}; L2: NVIDIA's Ada white paper"),
     ),
     nvidia(
         "H100",
@@ -250,6 +296,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=5,
         nvlink_gb_per_second=450,
         source="SXM5: glennklockwood.com/garden/processors/h100",
+        device=cuda("NVIDIA H100 80GB HBM3", 132, 50, PRINTED),
     ),
     nvidia(
         "H200",
@@ -262,6 +309,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         pcie=5,
         nvlink_gb_per_second=450,
         source="SXM: meta-pytorch/tritonbench#78; NVLink: cyfuture.cloud; the rest as H100",
+        device=cuda("NVIDIA H200", 132, 60, PRINTED),
     ),
     nvidia(
         "B200",
@@ -275,6 +323,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         nvlink_gb_per_second=900,
         source="bandwidth: pytorch/ao#4002; rates: hmc-tech.com, B200 against MI300A; NVLink: intuitionlabs.ai, NVIDIA "
         "data center GPU specs; PCIe taken as H100's",
+        device=cuda("NVIDIA B200", 148, 126, PRINTED),
     ),
     Accelerator(
         name="MI250X",

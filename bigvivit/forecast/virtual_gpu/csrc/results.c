@@ -1,0 +1,83 @@
+/* The few kernels whose result decides where a program goes. None is run; these are understood by their names.
+ *
+ * - Filling: `ones`, `full` and `zeros` read as they were filled.
+ * - Joining conditions (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends): where
+ *   they are not known (conditions.c), a single boolean that is read back next is true. All others are false. So `torch.isfinite(loss).all()` is true,
+ *   `torch.isnan(loss).any()` and `loss < threshold` are false: a healthy run goes on.
+ * - Counting for `nonzero` (and indexing by a mask): exact for a mask that came from the host; for any other, all
+ *   elements are taken, which is the most that it can be.
+ */
+#include "virtual_gpu.h"
+#include <stdlib.h>
+#include <string.h>
+
+static __thread enum kernel_kind last;
+static __thread int counted;
+
+static size_t size_of_scalar(const char *mangled) {
+    switch (*mangled) {
+    case 'b': case 'h': case 'a': return 1;
+    case 's': case 't': return 2;
+    case 'i': case 'j': case 'f': return 4;
+    case 'l': case 'm': case 'x': case 'd': return 8;
+    default: return !strncmp(mangled, "N3c104HalfE", 11) || !strncmp(mangled, "N3c108BFloat16E", 15) ? 2 : 0;
+    }
+}
+
+static const char *scalar_behind(const char *name, const char *functor) {
+    const char *at = strstr(name, functor);
+    return at ? at + strlen(functor) : "";
+}
+
+enum kernel_kind kind_of_kernel(const char *name) {
+    enum kernel_kind condition = kind_of_condition(name);
+    if (condition != OTHER) return condition;
+    if (strstr(name, "vectorized_elementwise_kernel") && size_of_scalar(scalar_behind(name, "FillFunctorI")))
+        return FILLS;
+    if (strstr(name, "and_kernel_cuda") || strstr(name, "logical_and_kernel") || strstr(name, "MulFunctorIb"))
+        return JOINS;
+    if (strstr(name, "DeviceReduce") && strstr(name, "NonZeroOpI")) return COUNTS;
+    if (strstr(name, "DeviceReduceSingleTileKernel")) return SUMS_UP;
+    return OTHER;
+}
+
+/* vectorized_elementwise_kernel(int count, FillFunctor{value}, {pointer}) */
+static void fill(const char *name, void **arguments) {
+    size_t size = size_of_scalar(scalar_behind(name, "FillFunctorI")), count = (size_t)*(int *)arguments[0];
+    uint64_t address = *(uint64_t *)arguments[2];
+    char *bytes = count * size <= LARGEST_VALUES ? malloc(count * size) : NULL;
+    if (!bytes) {
+        forget_values(address, count * size);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) memcpy(bytes + i * size, arguments[1], size);
+    set_values(address, bytes, count * size);
+    free(bytes);
+}
+
+/* DeviceReduceKernel and DeviceReduceSingleTileKernel(iterator{pointer}, output, int count, ...) */
+static int count_nonzero(const char *name, void **arguments) {
+    size_t size = size_of_scalar(scalar_behind(name, "NonZeroOpI")), count = (size_t)*(int *)arguments[2];
+    char *bytes = size && count * size <= LARGEST_VALUES ? malloc(count * size) : NULL;
+    int found = (int)count;
+    if (bytes && get_values(*(uint64_t *)arguments[0], bytes, count * size)) {
+        static const char zero[8];
+        found = 0;
+        for (size_t i = 0; i < count; i++) found += memcmp(bytes + i * size, zero, size) != 0;
+    }
+    free(bytes);
+    return found;
+}
+
+void note_kernel(enum kernel_kind kind, const char *name, void **arguments) {
+    if (kind == SUMS_UP && last == COUNTS) return; /* the second half of counting */
+    last = kind;
+    if (kind >= COMPARES) compute_condition(kind, name, arguments);
+    if (kind == FILLS) fill(name, arguments);
+    if (kind == COUNTS) counted = count_nonzero(name, arguments);
+}
+
+void read_result(void *to, size_t size) {
+    if ((last == JOINS || last == BOTH || last == ALL) && size == 1) *(char *)to = 1;
+    if (last == COUNTS && size == sizeof counted) memcpy(to, &counted, size);
+}

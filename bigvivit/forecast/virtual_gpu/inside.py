@@ -1,0 +1,50 @@
+"""Inside a process that runs on virtual GPUs: whether it does, and what only the library knows."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+VARIABLE = "BIGVIVIT_VIRTUAL_GPU"
+"""Describes the cards to the library; set in every process on virtual GPUs."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The preloaded library, None where there is none."""
+    if VARIABLE not in os.environ:
+        return None
+    loaded = ctypes.CDLL(None)
+    if not hasattr(loaded, "bigvivit_virtual_gpu_driver_peak"):
+        return None
+    loaded.bigvivit_virtual_gpu_driver_peak.restype = ctypes.c_size_t
+    loaded.bigvivit_virtual_gpu_launches.restype = ctypes.c_size_t
+    return loaded
+
+
+def is_active() -> bool:
+    """Whether this process runs on virtual GPUs."""
+    return library() is not None
+
+
+def active_library() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("this process does not run on virtual GPUs: start it with virtual_gpu.environment")
+    return loaded
+
+
+def driver_bytes(device: int = 0) -> int:
+    """The most bytes that the driver of a virtual GPU had handed out to this process at once: contexts, PyTorch's
+    segments and what was allocated past PyTorch. Raises RuntimeError where the process is on none."""
+    return int(active_library().bigvivit_virtual_gpu_driver_peak(int(device)))
+
+
+def launches() -> int:
+    """How many kernels this process has launched, without those inside cuBLAS, cuDNN and NCCL."""
+    return int(active_library().bigvivit_virtual_gpu_launches())
+
+
+def hold_events(hold: bool) -> None:
+    """While held, no event completes when it is asked: blocks that other streams still use stay taken, as where the
+    host runs far ahead of a device. Waiting for an event still returns."""
+    active_library().bigvivit_virtual_gpu_hold_events(int(hold))
