@@ -102,7 +102,7 @@ def measure_free(device: torch.device) -> int:
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
         return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
     status = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(status["MemAvailable"].split()[0]) * 1024

@@ -156,9 +156,11 @@ class Mover:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cuda" and device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A thread begins on the first GPU, whichever this rank has, and would leave a context there.
-        chosen = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        chosen = partial(torch.cuda.set_device, self.device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="bigvivit-fetch", initializer=chosen)
 
     def start(self, fill: Callable[[Tensor], Tensor], landing: Tensor, target: Tensor) -> Fetch:

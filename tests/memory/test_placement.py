@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigvivit.forecast.virtual_gpu import is_active
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.freeze import count_parameters, describe_frozen
 from bigvivit.memory.placement import DiskPlacement, Mover, plan_slots, view_slots
@@ -194,6 +195,8 @@ def test_cuda_copies_on_a_stream_of_its_own(tmp_path: Path) -> None:
         plan = MemoryPlan(storage="fp32", compute="fp32", placement=where)
         apply_plan(model, plan, frozen=True, fill=random_weights(DEMO, 0), device=device, scratch=tmp_path)
         here = build(tmp_path, storage="fp32", compute="fp32")
-        torch.testing.assert_close(model(PIXELS).cpu(), here(PIXELS), rtol=1e-4, atol=1e-4)
+        vectors = model(PIXELS).cpu()
+        if not is_active():  # a virtual GPU, whose kernels are not run
+            torch.testing.assert_close(vectors, here(PIXELS), rtol=1e-4, atol=1e-4)
         assert isinstance(model.tower.placement.mover, Mover)
         assert model.tower.placement.mover.stream != torch.cuda.current_stream()
