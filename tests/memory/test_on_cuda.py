@@ -13,7 +13,7 @@ import torch
 from bigvivit.config import ConfigError
 from bigvivit.forecast.virtual_gpu import environment, virtual_gpu
 from bigvivit.forecast.virtual_gpu.session import Child
-from tests.launching import ROOT
+from tests.launching import ROOT, STAGE1
 from tests.launching import environment as launch_environment
 from tests.memory import on_cuda
 
@@ -102,9 +102,7 @@ def test_a_run_on_the_cpu_opens_no_gpu(demo: Path, tmp_path: Path) -> None:
         "import sys; from bigvivit.train import main; main(sys.argv[1:]); "
         "from bigvivit.forecast.virtual_gpu.inside import driver_bytes; print('taken', driver_bytes(0))"
     )
-    words = ["--stage", "1", "--out", tmp_path / "run", "--data.train", demo / "train.csv", "--clip.frames", "4", "--clip.size",
-             "48", "--clip.resize", "52", "--model.tower", "vit-demo", "--model.tower-init", "random", "--optim.batch-size", "8",
-             "--optim.steps", "2", "--save-every", "1", "--data.workers", "0", "--device", "cpu"]  # fmt: skip
+    words = [*STAGE1, "--out", tmp_path / "run", "--data.train", demo / "train.csv", "--save-every", "1", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=ROOT,
