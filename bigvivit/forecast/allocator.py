@@ -5,13 +5,16 @@ are followed. Needs no torch and no GPU.
 
 Published traces of real GPUs confirm: rounding, the two pools, best fit with the lowest address first among equals,
 splitting, coalescing, sizes and order of segments, flushes and retries, and how expandable segments grow. Written from
-the source and confirmed by no trace: `record_stream`, `max_split_size_mb`, `roundup_power2_divisions`, garbage
+the source and in no trace: `record_stream`, `max_split_size_mb`, `roundup_power2_divisions`, garbage
 collection, a memory fraction, another large segment size, unmapping, several streams. Not modelled: CUDA graphs and
 private pools, `PYTORCH_NO_CUDA_MEMORY_CACHING`, `backend:cudaMallocAsync`.
 
 The recordings come from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment
-before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`); that is not modelled
-yet, so there the model may choose another of several equal blocks.
+before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`): `oldest_segment_first`.
+
+PyTorch's own allocator on virtual GPUs (forecast/virtual_gpu) confirms all of it but `record_stream` for random programs:
+every block, segment, flush and out-of-memory, on two streams, with expandable segments, `max_split_size_mb`, garbage
+collection, a memory fraction, roundings and another large segment size.
 """
 
 from __future__ import annotations
@@ -66,6 +69,12 @@ class OutOfMemory(Exception):  # noqa: N818 - the name PyTorch's users know
         )
 
 
+def oldest_segment_first(torch_version: str) -> bool:
+    """Whether this PyTorch takes, of cached blocks of one size, the one in the oldest segment, and only then the lowest."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return (major, minor) >= (2, 14)
+
+
 def descending_addresses(top: int = 1 << 46, step: int = 32 * MiB) -> Callable[[int], int]:
     """Addresses for new segments where no real ones are known: each below the last, in steps of 32 MiB.
 
@@ -97,12 +106,14 @@ class Allocator:
         capacity_bytes: int | None = None,
         device_bytes: int | None = None,
         reserve: Callable[[int], int] | None = None,
+        oldest_segment_first: bool = False,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self.capacity_bytes = capacity_bytes
         device_bytes = device_bytes or capacity_bytes
         self._address_range = device_bytes or 1 << 40
         self._reserve = reserve or descending_addresses()
+        self._oldest_segment_first, self._segments = oldest_segment_first, 0
         self._allowed: int | None = None
         if settings.per_process_memory_fraction < 1:
             if device_bytes is None:
@@ -192,12 +203,12 @@ class Allocator:
             self.synchronize(stream)
         for small in (False, True):
             for pool in self._by_stream(small):
-                for _, _, block in list(pool.free):
+                for *_, block in list(pool.free):
                     if block.expandable is None and block.whole:
                         self._release(block)
             # expandable blocks after the others of the pool: unmapping changes the lists
             for pool in self._by_stream(small):
-                for _, _, block in list(pool.free):
+                for *_, block in list(pool.free):
                     if block.expandable is not None:
                         self._unmap(block)
 
@@ -261,7 +272,7 @@ class Allocator:
     def blocks(self) -> Iterator[Block]:
         """Cached and unmapped blocks of all pools, in no order that matters."""
         for pool in self._pools.values():
-            yield from (block for _, _, block in pool.free)
+            yield from (block for *_, block in pool.free)
             yield from (block for _, block in pool.unmapped)
 
     def round_size(self, size: int) -> int:
@@ -302,17 +313,17 @@ class Allocator:
         free, index = pool.free, bisect_left(pool.free, (size, 0))
         if index == len(free):
             return None
-        if free[index][2].expandable is not None:
+        if free[index][3].expandable is not None:
             if self.settings.expandable_segments:
                 # A block at a segment's end counts as what it can grow to: others are taken before it.
                 while (
                     index + 1 < len(free)
-                    and free[index][2].expandable is not None
-                    and room(free[index + 1][2]) < room(free[index][2])
+                    and free[index][3].expandable is not None
+                    and room(free[index + 1][3]) < room(free[index][3])
                 ):
                     index += 1
             else:
-                while index < len(free) and free[index][2].expandable is not None:
+                while index < len(free) and free[index][3].expandable is not None:
                     index += 1
                 if index == len(free):
                     return None
@@ -323,7 +334,7 @@ class Allocator:
             else found >= size + self.settings.max_non_split_rounding_bytes
         ):
             return None
-        return free.pop(index)[2]
+        return free.pop(index)[3]
 
     def _grow(self, pool: Pool, size: int) -> Block | None:
         """Ask the device for memory (alloc_block); None where it has no room."""
@@ -334,10 +345,14 @@ class Allocator:
             return self._grow_expandable(pool, size)
         if self.capacity_bytes is not None and self.reserved_bytes + segment > self.capacity_bytes:
             return None
-        block = Block(pool, self._reserve(segment), segment)
+        block = Block(pool, self._reserve(segment), segment, segment=self._next_segment())
         self._count_reserved(segment)
         self.log.append(SegmentEvent("S", block.address, segment, pool.stream))
         return block
+
+    def _next_segment(self) -> int:
+        self._segments += self._oldest_segment_first
+        return self._segments
 
     def _grow_expandable(self, pool: Pool, size: int) -> Block | None:
         """try_allocate_expandable_block; what could be mapped before the device was full stays mapped."""
@@ -426,7 +441,7 @@ class Allocator:
             pool.insert_unmapped(block)
 
     def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.pool, block.address + size, block.size - size, block.expandable)
+        rest = Block(block.pool, block.address + size, block.size - size, block.expandable, block.segment)
         link_after(block, rest)
         block.size = size
         self._insert(rest)
@@ -468,11 +483,11 @@ class Allocator:
             return False
         wanted = max(size, self._max_split)
         index = bisect_left(pool.free, (wanted, 0))
-        if index < len(pool.free) and pool.free[index][2].expandable is None:
-            self._release(pool.free[index][2])
+        if index < len(pool.free) and pool.free[index][3].expandable is None:
+            self._release(pool.free[index][3])
             return True
         released = 0
-        for found, _, block in reversed(pool.free[:index]):
+        for found, _, _, block in reversed(pool.free[:index]):
             if released >= wanted or found < self._max_split:
                 break
             if block.expandable is None:
@@ -488,7 +503,7 @@ class Allocator:
         if self.reserved_bytes <= threshold:
             return
         target, reclaimed, lookups = self.reserved_bytes - threshold, 0, self._lookups[False]
-        whole = [block for pool in self._by_stream(False) for _, _, block in pool.free if block.whole]
+        whole = [block for pool in self._by_stream(False) for *_, block in pool.free if block.whole]
         total_age, count = sum(lookups - block.age_base for block in whole), len(whole)
         freed = True
         while reclaimed < target and freed and count:

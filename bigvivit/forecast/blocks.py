@@ -21,11 +21,14 @@ class Block:
 
     __slots__ = (
         *("address", "size", "requested", "pool", "prev", "next", "allocated", "mapped", "expandable"),
-        *("uses", "pending", "age_base"),
+        *("uses", "pending", "age_base", "segment"),
     )
 
-    def __init__(self, pool: Pool, address: int, size: int, expandable: ExpandableSegment | None = None) -> None:
+    def __init__(
+        self, pool: Pool, address: int, size: int, expandable: ExpandableSegment | None = None, segment: int = 0
+    ) -> None:
         self.pool, self.address, self.size, self.expandable = pool, address, size, expandable
+        self.segment = segment  # its number, in the order in which segments were made; 0 where that does not matter
         self.requested = 0
         self.allocated = False
         self.mapped = True
@@ -42,23 +45,23 @@ class Block:
 
 
 class Pool:
-    """Cached blocks of one stream, small or large, by size and then address (BlockComparatorSize)."""
+    """Cached blocks of one stream, small or large, by size, segment and address (BlockComparatorSizeCounterAddress)."""
 
     __slots__ = ("free", "small", "stream", "unmapped")
 
     def __init__(self, small: bool, stream: int) -> None:
         self.small, self.stream = small, stream
-        self.free: list[tuple[int, int, Block]] = []
+        self.free: list[tuple[int, int, int, Block]] = []
         self.unmapped: list[tuple[int, Block]] = []
 
     def insert(self, block: Block) -> None:
         """Cache a mapped block."""
-        insort(self.free, (block.size, block.address, block))
+        insort(self.free, (block.size, block.segment, block.address, block))
 
     def remove(self, block: Block) -> None:
         """Take a cached block out, before its size or address changes."""
-        index = bisect_left(self.free, (block.size, block.address))
-        assert self.free[index][2] is block
+        index = bisect_left(self.free, (block.size, block.segment, block.address))
+        assert self.free[index][3] is block
         del self.free[index]
 
     def insert_unmapped(self, block: Block) -> None:

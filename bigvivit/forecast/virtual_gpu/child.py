@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import sys
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,8 +21,9 @@ def packed(fine: bool, value: Any) -> bytes:
     return pickle.dumps((False, value, cause))
 
 
-def serve(connection: Connection) -> None:
-    """Call what comes until nothing more can."""
+def serve(file: int) -> None:
+    """Call what comes through a file descriptor until nothing more can."""
+    connection = Connection(file)
     while True:
         try:
             function, args, kwargs = pickle.loads(connection.recv_bytes())
@@ -35,12 +34,3 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             message = packed(False, error)
         connection.send_bytes(message)
-
-
-def main() -> None:
-    sys.path[:] = pickle.loads(bytes.fromhex(os.environ.pop("BIGVIVIT_CHILD_PATH")))
-    serve(Connection(int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,12 @@ from bigvivit.forecast.virtual_gpu.cards import describe, find_card
 from bigvivit.forecast.virtual_gpu.inside import VARIABLE
 
 P, R = ParamSpec("P"), TypeVar("R")
+START = """
+import pickle, sys
+sys.path[:] = pickle.loads(bytes.fromhex(sys.argv.pop()))
+from bigvivit.forecast.virtual_gpu.child import serve
+serve(int(sys.argv.pop()))
+"""
 STARTUP = Path(__file__).parent / "startup"
 
 
@@ -113,8 +119,8 @@ class Child:
     def _start(self) -> Connection:
         if self._connection is None:
             self._connection, theirs = Pipe()
-            command = [sys.executable, "-m", "bigvivit.forecast.virtual_gpu.child", str(theirs.fileno())]
-            env = {**os.environ, **self._env, "BIGVIVIT_CHILD_PATH": pickle.dumps(sys.path).hex()}
+            command = [sys.executable, "-c", START, str(theirs.fileno()), pickle.dumps(sys.path).hex()]
+            env = {**os.environ, **self._env}
             self._process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], stderr=self._errors, stdin=subprocess.DEVNULL
             )

@@ -1,7 +1,8 @@
-/* Conditions over known values are computed: whether an attention mask pads decides which kernel runs.
+/* Conditions and counts over known values are computed: whether a mask pads decides which kernel runs, sizes which
+ * object arrives.
  *
- * Understood by name: comparison of integers and booleans with a number, casts to boolean, not, and, or, and whether all
- * or any of a whole tensor holds; operands in one piece, and known whole (values.c). What is not understood is unknown.
+ * Understood by name: (in)equality of integers and booleans with a number, order of two tensors of 64-bit integers, casts
+ * to boolean, not, and, or, whether all or any of a whole tensor holds, additions and sums of 64-bit integers; operands in one piece, and known whole (values.c). What is not understood is unknown.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
@@ -9,9 +10,18 @@
 
 static int contains(const char *name, const char *part) { return strstr(name, part) != NULL; }
 
+/* Kernels that go over whole tensors: their arguments begin with (int count, function, {output, inputs}). */
+int goes_over_whole_tensors(const char *name) {
+    return contains(name, "vectorized_elementwise_kernel") ||
+           (contains(name, "unrolled_elementwise_kernel") && contains(name, "LoadWithoutCast"));
+}
+
 enum kernel_kind kind_of_condition(const char *name) {
-    int elementwise = contains(name, "vectorized_elementwise_kernel");
+    int elementwise = goes_over_whole_tensors(name);
     if (elementwise && contains(name, "CompareEqFunctorI") && contains(name, "UnaryFunctorI")) return COMPARES;
+    if (elementwise && contains(name, "14CompareFunctorIlE")) return ORDERS;
+    if (elementwise && contains(name, "CUDAFunctorOnSelf_addIlE")) return ADDS_NUMBER;
+    if (elementwise && contains(name, "CUDAFunctor_addIlE")) return ADDS;
     if (contains(name, "unrolled_elementwise_kernel") && contains(name, "direct_copy_kernel_cuda") &&
         contains(name, "EUlbE_") && contains(name, "LoadWithCast"))
         return CASTS_TO_BOOLEAN;
@@ -22,6 +32,7 @@ enum kernel_kind kind_of_condition(const char *name) {
         if (contains(name, "and_kernel_cuda")) return ALL;
         if (contains(name, "or_kernel_cuda")) return ANY;
     }
+    if (contains(name, "reduce_kernel") && contains(name, "func_wrapper_tIlZNS0_11sum_functorIlllE")) return ADDS_UP;
     return OTHER;
 }
 
@@ -55,6 +66,39 @@ static void compare(const char *name, void **arguments) {
     free(input);
 }
 
+/* (count, {int operator}, {output, two inputs}) */
+static void order(void **arguments) {
+    enum { NOT_LESS, GREATER, NOT_GREATER, LESS };
+    size_t count = (size_t)*(int *)arguments[0];
+    const uint64_t *pointers = arguments[2];
+    int operator = *(int *)arguments[1];
+    char *first = known_whole(pointers[1], 8 * count), *second = known_whole(pointers[2], 8 * count);
+    char *result = first && second ? malloc(count) : NULL;
+    for (size_t i = 0; result && i < count; i++) {
+        int64_t a = ((int64_t *)first)[i], b = ((int64_t *)second)[i];
+        result[i] = operator == NOT_LESS ? a >= b : operator == GREATER ? a > b : operator == NOT_GREATER ? a <= b : a < b;
+    }
+    put(pointers[0], result, count);
+    free(first);
+    free(second);
+}
+
+/* (count, {number, factor} or {factor}, {output, input or two}): the second times the factor is added to the first */
+static void add(enum kernel_kind kind, void **arguments) {
+    size_t count = (size_t)*(int *)arguments[0];
+    const uint64_t *pointers = arguments[2];
+    const int64_t *functor = arguments[1];
+    char *first = known_whole(pointers[1], 8 * count), *second = NULL;
+    if (kind == ADDS) second = known_whole(pointers[2], 8 * count);
+    int known = first && (second || kind == ADDS_NUMBER);
+    for (size_t i = 0; known && i < count; i++)
+        ((int64_t *)first)[i] += second ? ((int64_t *)second)[i] * functor[0] : functor[0] * functor[1];
+    if (known) set_values(pointers[0], first, 8 * count);
+    else forget_values(pointers[0], 8 * count);
+    free(first);
+    free(second);
+}
+
 /* (count, function, {output, input}, offsets, offsets, {input's type, its size}, {output's type, its size}) */
 static void cast(void **arguments) {
     enum { BYTE = 0, CHAR = 1, SHORT = 2, INT = 3, LONG = 4, BOOLEAN = 11 };
@@ -84,26 +128,33 @@ static void combine(enum kernel_kind kind, void **arguments) {
     free(second);
 }
 
-/* ReduceOp of aten/src/ATen/native/cuda/Reduce.cuh: operation and identity, a byte each; the configuration, which begins
- * with {int element size, inputs, outputs}; two calculators of offsets; input; output. As in torch 2.11 to 2.15. */
+/* ReduceOp of aten/src/ATen/native/cuda/Reduce.cuh: operation and identity; the configuration, which begins with {int
+ * element size, inputs, outputs}; two calculators of offsets; input; output. As in torch 2.11 to 2.15. */
 static void reduce(enum kernel_kind kind, void **arguments) {
-    enum { CONFIGURATION = 4, POINTERS = 976 };
-    const int *configuration = (const int *)((const char *)arguments[0] + CONFIGURATION);
-    const uint64_t *pointers = (const uint64_t *)((const char *)arguments[0] + POINTERS);
+    size_t size = kind == ADDS_UP ? 8 : 1;
+    const int *configuration = (const int *)((const char *)arguments[0] + (size == 8 ? 16 : 4));
+    const uint64_t *pointers = (const uint64_t *)((const char *)arguments[0] + (size == 8 ? 992 : 976));
     struct range from, to;
-    if (configuration[0] != 1 || configuration[1] < 1 || configuration[2] != 1) return;
+    if (configuration[0] != (int)size || configuration[1] < 1 || configuration[2] != 1) return;
     if (!find_range(pointers[0], &from) || !find_range(pointers[1], &to)) return;
     size_t count = (size_t)configuration[1];
-    char *input = known_whole(pointers[0], count), *result = input ? malloc(1) : NULL;
-    if (result) *result = kind == ALL;
-    for (size_t i = 0; result && i < count; i++) *result = kind == ALL ? *result && input[i] : *result || input[i];
-    put(pointers[1], result, 1);
+    char *input = known_whole(pointers[0], count * size);
+    if (!input) {
+        forget_values(pointers[1], size);
+        return;
+    }
+    int64_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += size == 8 ? ((int64_t *)input)[i] : input[i] != 0;
+    char condition = kind == ALL ? sum == (int64_t)count : sum > 0;
+    set_values(pointers[1], size == 8 ? (void *)&sum : (void *)&condition, size);
     free(input);
 }
 
 void compute_condition(enum kernel_kind kind, const char *name, void **arguments) {
     if (kind == COMPARES) compare(name, arguments);
+    else if (kind == ORDERS) order(arguments);
+    else if (kind == ADDS || kind == ADDS_NUMBER) add(kind, arguments);
     else if (kind == CASTS_TO_BOOLEAN) cast(arguments);
-    else if (kind == ALL || kind == ANY) reduce(kind, arguments);
+    else if (kind == ALL || kind == ANY || kind == ADDS_UP) reduce(kind, arguments);
     else combine(kind, arguments);
 }

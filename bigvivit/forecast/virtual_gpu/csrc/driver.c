@@ -334,8 +334,8 @@ EXPORT int cuFuncSetAttribute(void *f, int attribute, int value) {
 EXPORT int cuFuncSetCacheConfig(void *f, int config) { return (void)f, (void)config, SUCCESS; }
 EXPORT int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void *stream, void **arguments, void **extra) {
-    (void)gx, (void)gy, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)extra;
-    return launch(function, arguments, stream);
+    (void)gx, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)extra;
+    return launch(function, arguments, gy, stream);
 }
 struct launch_config { /* CUlaunchConfig */
     unsigned grid[3], block[3], shared;

@@ -56,7 +56,7 @@ static void remember(const void *host, const char *name) {
     pthread_mutex_unlock(&lock);
 }
 
-int launch(const void *function, void **arguments, void *stream) {
+int launch(const void *function, void **arguments, unsigned rows, void *stream) {
     __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
     count_captured_node(stream);
     struct kernel kernel = {NULL, "", OTHER};
@@ -65,7 +65,7 @@ int launch(const void *function, void **arguments, void *stream) {
     if (place->host && place->kind == NOT_YET_KNOWN) place->kind = kind_of_kernel(place->name);
     if (place->host) kernel = *place;
     pthread_mutex_unlock(&lock);
-    note_kernel(kernel.kind, kernel.name, arguments);
+    note_kernel(kernel.kind, kernel.name, arguments, rows);
     return SUCCESS;
 }
 
@@ -88,8 +88,8 @@ EXPORT int __cudaPopCallConfiguration(struct dim3 *grid, struct dim3 *block, siz
     return SUCCESS;
 }
 EXPORT int cudaLaunchKernel(const void *f, struct dim3 grid, struct dim3 block, void **arguments, size_t shared, void *s) {
-    (void)grid, (void)block, (void)shared;
-    return launch(f, arguments, s);
+    (void)block, (void)shared;
+    return launch(f, arguments, grid.y, s);
 }
 EXPORT int __cudaLaunchKernel(const void *f, struct dim3 grid, struct dim3 block, void **a, size_t shared, void *s) {
     return cudaLaunchKernel(f, grid, block, a, shared, s);
@@ -99,7 +99,7 @@ EXPORT int cudaLaunchCooperativeKernel(const void *f, struct dim3 grid, struct d
     return cudaLaunchKernel(f, grid, block, a, shared, s);
 }
 EXPORT int cudaLaunchKernelExC(const struct launch_config *config, const void *function, void **arguments) {
-    return launch(function, arguments, config->stream);
+    return launch(function, arguments, config->grid.y, config->stream);
 }
 
 /* Registration */

@@ -158,9 +158,13 @@ EXPORT int nvmlDeviceGetP2PStatus(void *a, void *b, int what, int *status) {
     return (void)a, (void)b, *status = what == 2 ? 1 : 0, 0; /* NVLink is not shown, reading and writing are */
 }
 
+/* No fabric: its state, as all that is behind the version, is zero. */
+EXPORT int nvmlDeviceGetGpuFabricInfoV(void *handle, unsigned *version_and_more) {
+    return (void)handle, memset(version_and_more + 1, 0, 32), 0;
+}
+
 #define NOT_OFFERED(name) \
     EXPORT int name(void) { return NVML_NOT_SUPPORTED; }
-NOT_OFFERED(nvmlDeviceGetGpuFabricInfoV)
 NOT_OFFERED(nvmlDeviceGetNvLinkState)
 NOT_OFFERED(nvmlDeviceGetNvLinkRemoteDeviceType)
 NOT_OFFERED(nvmlDeviceGetNvLinkRemotePciInfo_v2)

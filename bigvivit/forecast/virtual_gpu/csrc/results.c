@@ -1,6 +1,7 @@
 /* The few kernels whose result decides where a program goes. None is run; these are understood by their names.
  *
  * - Filling: `ones`, `full` and `zeros` read as they were filled.
+ * - Concatenation along the first dimension of tensors in one piece: of what is known of them.
  * - Joining conditions (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends): where
  *   they are not known (conditions.c), a single boolean that is read back next is true. All others are false. So `torch.isfinite(loss).all()` is true,
  *   `torch.isnan(loss).any()` and `loss < threshold` are false: a healthy run goes on.
@@ -32,8 +33,9 @@ static const char *scalar_behind(const char *name, const char *functor) {
 enum kernel_kind kind_of_kernel(const char *name) {
     enum kernel_kind condition = kind_of_condition(name);
     if (condition != OTHER) return condition;
-    if (strstr(name, "vectorized_elementwise_kernel") && size_of_scalar(scalar_behind(name, "FillFunctorI")))
-        return FILLS;
+    if (goes_over_whole_tensors(name) && size_of_scalar(scalar_behind(name, "FillFunctorI"))) return FILLS;
+    if (strstr(name, "CatArrayBatchedCopy") && strstr(name, "contig") && strstr(name, "EEjLi1ELi128ELi1E"))
+        return CONCATENATES;
     if (strstr(name, "and_kernel_cuda") || strstr(name, "logical_and_kernel") || strstr(name, "MulFunctorIb"))
         return JOINS;
     if (strstr(name, "DeviceReduce") && strstr(name, "NonZeroOpI")) return COUNTS;
@@ -41,7 +43,7 @@ enum kernel_kind kind_of_kernel(const char *name) {
     return OTHER;
 }
 
-/* vectorized_elementwise_kernel(int count, FillFunctor{value}, {pointer}) */
+/* (int count, FillFunctor{value}, {pointer}) */
 static void fill(const char *name, void **arguments) {
     size_t size = size_of_scalar(scalar_behind(name, "FillFunctorI")), count = (size_t)*(int *)arguments[0];
     uint64_t address = *(uint64_t *)arguments[2];
@@ -53,6 +55,18 @@ static void fill(const char *name, void **arguments) {
     for (size_t i = 0; i < count; i++) memcpy(bytes + i * size, arguments[1], size);
     set_values(address, bytes, count * size);
     free(bytes);
+}
+
+/* (output, {inputs[128], offsets[128], sizes[128], elements[128], ...}, shape, int dimension, unsigned stride), a row of
+ * the grid for each input. */
+static void concatenate(const char *name, void **arguments, unsigned inputs) {
+    size_t size = (size_t)atoi(scalar_behind(name, "OpaqueTypeILj"));
+    uint64_t output = *(uint64_t *)arguments[0];
+    const uint64_t *from = arguments[1];
+    const unsigned *offsets = (const unsigned *)(from + 128), *elements = offsets + 256;
+    size_t stride = *(unsigned *)arguments[4];
+    for (unsigned i = 0; *(int *)arguments[3] == 0 && i < inputs && i < 128; i++)
+        copy_values(output + offsets[i] * stride * size, from[i], elements[i] * size);
 }
 
 /* DeviceReduceKernel and DeviceReduceSingleTileKernel(iterator{pointer}, output, int count, ...) */
@@ -69,11 +83,12 @@ static int count_nonzero(const char *name, void **arguments) {
     return found;
 }
 
-void note_kernel(enum kernel_kind kind, const char *name, void **arguments) {
+void note_kernel(enum kernel_kind kind, const char *name, void **arguments, unsigned rows) {
     if (kind == SUMS_UP && last == COUNTS) return; /* the second half of counting */
     last = kind;
     if (kind >= COMPARES) compute_condition(kind, name, arguments);
     if (kind == FILLS) fill(name, arguments);
+    if (kind == CONCATENATES) concatenate(name, arguments, rows);
     if (kind == COUNTS) counted = count_nonzero(name, arguments);
 }
 

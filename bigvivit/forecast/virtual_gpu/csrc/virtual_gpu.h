@@ -92,20 +92,30 @@ int stream_captures(void *stream);
 int stream_may_wait(void *stream); /* CAPTURE_UNSUPPORTED while it is captured */
 void count_captured_node(void *stream);
 
+/* exchange.c */
+#define LARGEST_MESSAGE ((size_t)1 << 18)
+struct post_office;
+struct post_office *open_post_office(const char *name, int rank, int size); /* NULL where that fails */
+void close_post_office(struct post_office *office);
+int fits_message(size_t size);
+int send_message(struct post_office *office, int to, const void *bytes, int64_t size); /* bytes NULL: not known */
+int receive_message(struct post_office *office, int from, void *bytes, int64_t size, int *known);
+
 /* launches.c */
-int launch(const void *function, void **arguments, void *stream);
+int launch(const void *function, void **arguments, unsigned rows, void *stream); /* rows: the grid's second extent */
 
 /* results.c */
 enum kernel_kind {
-    NOT_YET_KNOWN, OTHER, FILLS, JOINS, COUNTS, SUMS_UP,
-    COMPARES, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, /* conditions.c */
+    NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP,
+    COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, /* conditions.c */
 };
 enum kernel_kind kind_of_kernel(const char *mangled);
-void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments);
+void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments, unsigned rows);
 void read_result(void *to, size_t size); /* changes what is read back by the kernel launched last in this thread */
 
 
 /* conditions.c */
+int goes_over_whole_tensors(const char *mangled);
 enum kernel_kind kind_of_condition(const char *mangled);
 void compute_condition(enum kernel_kind kind, const char *mangled, void **arguments);
 

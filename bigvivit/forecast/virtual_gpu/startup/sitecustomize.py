@@ -20,6 +20,11 @@ def run_the_next() -> None:
 
 run_the_next()
 if "BIGVIVIT_VIRTUAL_GPU" in os.environ:
+    root = os.path.abspath(
+        os.path.join(HERE, *[os.pardir] * 4)
+    )  # our own package, wherever the program looks for others
+    sys.path.insert(0, root)
     from bigvivit.forecast.virtual_gpu import hooks
 
+    sys.path.remove(root)
     hooks.install()

@@ -1,0 +1,55 @@
+"""Training on virtual GPUs: PyTorch's choice of kernels by card, workspaces, a step's bytes, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bigvivit.forecast.overhead import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_LARGE
+from bigvivit.forecast.virtual_gpu import virtual_gpu
+from tests.forecast.virtual_gpu import programs
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel"),
+    [
+        ("T4", "float16", "efficient"),
+        ("A100 80GB", "float16", "flash"),
+        ("A100 80GB", "float32", "efficient"),
+        ("H100", "float16", "cudnn"),
+    ],
+)
+def test_attention_is_chosen_by_the_card(card: Callable[[str], Any], name: str, dtype: str, kernel: str) -> None:
+    seen = card(name).call(programs.attention_kernels, dtype)
+    chosen = f"aten::_scaled_dot_product_{kernel}_attention"
+    assert {chosen, f"{chosen}_backward"} <= set(seen), seen
+
+
+@pytest.mark.parametrize(("name", "size"), [("T4", CUBLAS_WORKSPACE), ("H100", CUBLAS_WORKSPACE_LARGE)])
+@pytest.mark.usefixtures("library")
+def test_the_first_product_takes_a_workspace(name: str, size: int) -> None:
+    with virtual_gpu(name) as gpu:
+        assert gpu.call(programs.workspace_bytes) == [size]
+
+
+@pytest.mark.usefixtures("library")
+def test_a_step_leaves_parameters_states_and_workspaces() -> None:
+    with virtual_gpu("A100 80GB") as gpu:
+        seen = gpu.call(programs.vit_step)
+    assert seen["building"] == seen["parameters"] + seen["images"]
+    # AdamW's two states are as large as the parameters; a workspace each for the caller's and autograd's thread
+    assert seen["after"] == 3 * seen["parameters"] + seen["images"] + 2 * CUBLAS_WORKSPACE
+    assert seen["peak"] > seen["after"] + seen["parameters"]  # gradients, and what autograd kept
+
+
+def test_a_patch_convolution_takes_its_result_alone(card: Callable[[str], Any]) -> None:
+    stays, scratch = card("A100 80GB").call(programs.convolve)
+    assert (stays, scratch) == (8 * 768 * 14 * 14 * 2, 0)
+
+
+def test_graphs_are_captured_and_guarded(card: Callable[[str], Any]) -> None:
+    launched, error = card("A100 80GB").call(programs.capture_graph)
+    assert launched == 0
+    assert "operation not permitted when stream is capturing" in error
