@@ -102,7 +102,17 @@ def test_a_run_on_the_cpu_opens_no_gpu(demo: Path, tmp_path: Path) -> None:
         "import sys; from bigvivit.train import main; main(sys.argv[1:]); "
         "from bigvivit.forecast.virtual_gpu.inside import driver_bytes; print('taken', driver_bytes(0))"
     )
-    words = [*STAGE1, "--out", tmp_path / "run", "--data.train", demo / "train.csv", "--save-every", "1", "--device", "cpu"]
+    words = [
+        *STAGE1,
+        "--out",
+        tmp_path / "run",
+        "--data.train",
+        demo / "train.csv",
+        "--save-every",
+        "1",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=ROOT,
