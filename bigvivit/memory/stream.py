@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from bigvivit.memory.placement import DevicePlacement, Placement, Slot, plan_slots, view_slots
 from bigvivit.memory.plan import Stream
-from bigvivit.memory.quantize import is_quantized, pack_weights, unpack_weights
+from bigvivit.memory.quantize import pack_weights, unpack_weights
 from bigvivit.units import Storage
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class StreamedLayer(nn.Module):
 
     def pack(self, storage: Storage) -> Tensor:
         """Give up the parameters. Returns them as they are to be stored: uint8, on the CPU."""
-        if is_quantized(storage):
-            self.layer.to(self.device)  # where codes are found a hundred times as fast
+        if storage == "nf4":
+            self.layer.to(self.device)  # where codes are found much faster; bitsandbytes' int8 takes fp16 alone there
         stored = pack_weights(self.layer, storage)
         self.slots, size = plan_slots(stored)
         buffer = torch.zeros(size, dtype=torch.uint8)
