@@ -121,7 +121,6 @@ def run_model(model: PreTrainedModel, spec: TowerSpec, images: Tensor) -> Any:
     by_itself = (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, Aimv2VisionModel)
     options: dict[str, Any] = {} if isinstance(model, by_itself) else {"interpolate_pos_encoding": True}
     if isinstance(model, ViTMAEModel):  # it shuffles its patches by this
-        options["noise"] = torch.arange(model.config.image_size**2 // model.config.patch_size**2).expand(
-            len(images), -1
-        )
+        patches = (images.shape[-1] // model.config.patch_size) ** 2
+        options["noise"] = torch.arange(patches).expand(len(images), -1)
     return model(pixel_values=(images / 255 - mean) / std, **options)
