@@ -257,8 +257,10 @@ def fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
 
 def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
     """`fit` in this process."""
+    from importlib.metadata import version
+
     from bigvivit.forecast.alloc_conf import AllocatorSettings
-    from bigvivit.forecast.allocator import Allocator
+    from bigvivit.forecast.allocator import Allocator, oldest_segment_first
     from bigvivit.forecast.card import allocator_events, judge
     from bigvivit.forecast.composition import describe_peak
     from bigvivit.forecast.hardware import accelerator_by_hand
@@ -274,7 +276,12 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
         return Forecast(peak, judge(trace, card, ranks=trial.world).fits[0]), composition
     if card is None:
         return Forecast(peak, peak <= room.room_bytes), composition
-    run = simulate(list(allocator_events(trace)), Allocator(AllocatorSettings(), capacity_bytes=room.room_bytes))
+    allocator = Allocator(
+        AllocatorSettings(),
+        capacity_bytes=room.room_bytes,
+        oldest_segment_first=oldest_segment_first(version("torch")),
+    )
+    run = simulate(list(allocator_events(trace)), allocator)
     return Forecast(peak, run.out_of_memory is None), composition
 
 

@@ -10,11 +10,12 @@ collection, a memory fraction, another large segment size, unmapping, several st
 private pools, `PYTORCH_NO_CUDA_MEMORY_CACHING`, `backend:cudaMallocAsync`.
 
 The recordings come from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment
-before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`): `oldest_segment_first`.
+before their address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`), as the model does
+where `oldest_segment_first` is set.
 
-PyTorch's own allocator on virtual GPUs (forecast/virtual_gpu) confirms all of it but `record_stream` for random programs:
-every block, segment, flush and out-of-memory, on two streams, with expandable segments, `max_split_size_mb`, garbage
-collection, a memory fraction, roundings and another large segment size.
+PyTorch's own allocator on virtual GPUs (forecast/virtual_gpu) confirms all of it but `record_stream`, for random
+programs: every block, segment, flush and out-of-memory, on two streams, with expandable segments, `max_split_size_mb`,
+garbage collection, a memory fraction, roundings and another large segment size.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class OutOfMemory(Exception):  # noqa: N818 - the name PyTorch's users know
 
 
 def oldest_segment_first(torch_version: str) -> bool:
-    """Whether this PyTorch takes, of cached blocks of one size, the one in the oldest segment, and only then the lowest."""
+    """Whether this PyTorch takes the block in the oldest segment of cached ones of a size, and only then the lowest."""
     major, minor = (int(part) for part in torch_version.split(".")[:2])
     return (major, minor) >= (2, 14)
 
@@ -96,7 +97,7 @@ class Allocator:
     `capacity_bytes` is what the device can give in segments: its memory less what lies outside the allocator
     (`forecast.overhead`); None never runs out. `device_bytes` is the device's whole memory, of which the memory
     fraction and the address range of expandable segments are taken (default: the capacity). `reserve(size)` supplies
-    addresses.
+    addresses; `oldest_segment_first` is the order among equals since torch 2.14, see the function of that name.
     """
 
     def __init__(

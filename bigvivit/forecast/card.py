@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator
+from bigvivit.forecast.allocator import Allocator, oldest_segment_first
 from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.overhead import Overhead, capacity, forecast_overhead
 from bigvivit.forecast.simulate import Run, simulate
@@ -72,7 +73,11 @@ def judge(
     program = list(allocator_events(trace))
     runs = []
     for place, workspaces in zip(capacities, reversed(overhead.workspaces()), strict=True):
-        allocator = Allocator(settings or AllocatorSettings(), capacity_bytes=place)
+        allocator = Allocator(
+            settings or AllocatorSettings(),
+            capacity_bytes=place,
+            oldest_segment_first=oldest_segment_first(version("torch")),
+        )
         threads = 0 if "workspaces" in without else THREADS
         start = [("a", -1 - thread, workspaces, 0) for thread in range(threads)]
         runs.append(simulate([*start, *program], allocator))

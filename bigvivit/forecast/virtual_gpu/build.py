@@ -187,7 +187,7 @@ def source_of_unanswered(names: set[str]) -> str:
 
 
 def undefined_symbols(path: Path) -> list[str]:
-    """What a 64-bit little-endian ELF library takes from others, by its dynamic symbol table; nothing for other files."""
+    """What a 64-bit little-endian ELF library takes from others, by its dynamic symbols; nothing for other files."""
     with path.open("rb") as file:
         header = file.read(64)
         if header[:6] != b"\x7fELF\x02\x01":

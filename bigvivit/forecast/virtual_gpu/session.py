@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -19,10 +20,11 @@ from bigvivit.forecast.virtual_gpu.build import Library, build_library
 from bigvivit.forecast.virtual_gpu.cards import describe, find_card
 from bigvivit.forecast.virtual_gpu.inside import VARIABLE
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 START = """
-import pickle, sys
-sys.path[:] = pickle.loads(bytes.fromhex(sys.argv.pop()))
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
 from bigvivit.forecast.virtual_gpu.child import serve
 serve(int(sys.argv.pop()))
 """
@@ -63,8 +65,8 @@ def check_architecture(gpu: str, library: Library) -> None:
     if not any(code <= capability and code // 10 == capability // 10 for code in library.architectures):
         has = ", ".join(f"{code / 10:.1f}" for code in library.architectures)
         raise ConfigError(
-            f"gpu={gpu!r} has compute capability {capability / 10:.1f}, for which torch {library.torch} has no code (it "
-            f"has {has}): choose another card, or a build of PyTorch for it"
+            f"gpu={gpu!r} has compute capability {capability / 10:.1f}, for which torch {library.torch} has no code "
+            f"(it has {has}): choose another card, or a build of PyTorch for it"
         )
 
 
@@ -113,13 +115,13 @@ class Child:
             raise VirtualGpuError(self._how_it_ended()) from None
         self._show_errors()
         if fine:
-            return value  # type: ignore[no-any-return]
+            return value
         raise value from cause
 
     def _start(self) -> Connection:
         if self._connection is None:
             self._connection, theirs = Pipe()
-            command = [sys.executable, "-c", START, str(theirs.fileno()), pickle.dumps(sys.path).hex()]
+            command = [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(sys.path)]
             env = {**os.environ, **self._env}
             self._process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], stderr=self._errors, stdin=subprocess.DEVNULL

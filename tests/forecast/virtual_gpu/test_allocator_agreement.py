@@ -20,22 +20,28 @@ from tests.forecast.virtual_gpu.programs import Operation, Recorded, random_prog
 CASES = [
     pytest.param("", 1.0, 40 * GiB, id="default"),
     pytest.param("expandable_segments:True", 1.0, 1300 * MiB, id="expandable"),
-    pytest.param("max_split_size_mb:30", 1.0, 1500 * MiB, id="max_split"),
-    pytest.param("garbage_collection_threshold:0.6,max_split_size_mb:40", 0.02, 40 * GiB, id="garbage_collection"),
+    pytest.param("max_split_size_mb:30", 1.0, 1500 * MiB, id="max_split", marks=pytest.mark.slow),
+    pytest.param(
+        "garbage_collection_threshold:0.6,max_split_size_mb:40",
+        *(0.02, 40 * GiB),
+        id="garbage_collection",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("", 1.0, 1100 * MiB, id="out_of_memory"),
-    pytest.param("roundup_power2_divisions:4,large_segment_size_mb:64", 1.0, 40 * GiB, id="rounding"),
+    pytest.param(
+        "roundup_power2_divisions:4,large_segment_size_mb:64", 1.0, 40 * GiB, id="rounding", marks=pytest.mark.slow
+    ),
 ]
 
 
-def reservations(recorded: Recorded, settings: AllocatorSettings) -> Callable[[int], int]:
+def reservations(recorded: Recorded, settings: AllocatorSettings, memory: int) -> Callable[[int], int]:
     """The addresses that the driver gave: of segments, or of the range that each pool of expandable ones began."""
     made = [address for kind, address, _ in recorded.segments if kind == "S"]
     if settings.expandable_segments:
-        found: list[tuple[int, int]] = []
-        for kind, address, size in recorded.segments:
-            if kind == "M" and not any(0 <= address - start < 40 * GiB and end for start, end in found):
-                found.append((address, size))
-        made = [start for start, _ in found]
+        made = []
+        for kind, address, _ in recorded.segments:
+            if kind == "M" and not any(0 <= address - start < memory * 9 // 8 for start in made):
+                made.append(address)
     addresses = iter(made)
     return lambda size: next(addresses)
 
@@ -47,7 +53,7 @@ def replay(operations: list[Operation], recorded: Recorded, settings: AllocatorS
         settings,
         capacity_bytes=memory - taken,
         device_bytes=memory,
-        reserve=reservations(recorded, settings),
+        reserve=reservations(recorded, settings, memory),
         oldest_segment_first=oldest_segment_first(version("torch")),
     )
     blocks: dict[int, Block] = {}

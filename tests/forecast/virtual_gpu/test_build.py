@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_a_built_library_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (
             {"PATH": ""},
-            r"no C compiler \(cc, gcc, clang\) is on PATH: install one, .*; forecasts then use fake tensors",
+            r"no C compiler \(cc, gcc, clang\) is on PATH: install .*; forecasts then use fake tensors",
         ),
         ({"CC": "/no/such/compiler -O2"}, r"CC='/no/such/compiler -O2' is no program: .* or unset it"),
         ({"CC": "false"}, r"does not compile with 'false'"),
@@ -64,11 +65,8 @@ def test_a_build_without_cuda_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("")
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.14.1+cpu'\ncuda: Optional[str] = None\n")
-    monkeypatch.setattr(
-        build.importlib.util,
-        "find_spec",
-        lambda name: type("", (), {"origin": str(tmp_path / "torch" / "__init__.py")}),
-    )
+    spec = SimpleNamespace(origin=str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ConfigError, match=r"needs a CUDA build of PyTorch, and torch 2\.14\.1\+cpu has none"):
         build_library()
 
@@ -97,8 +95,7 @@ def test_every_symbol_that_pytorch_needs_is_answered_or_named(library: str) -> N
     needed = needed_symbols(find_torch())
     assert len(needed) > 300
     assert needed <= defined
-    core = {
-        name for name in undefined_symbols(find_torch().folder / "lib" / "libc10_cuda.so") if name.startswith("cuda")
-    }
+    allocator = find_torch().folder / "lib" / "libc10_cuda.so"
+    core = {name for name in undefined_symbols(allocator) if name.startswith("cuda")}
     strong = set(re.findall(r" T (\w+)", shown.stdout))
-    assert core - strong <= {"cudaMemcpyBatchAsync"}, "what the allocator itself needs must not end a process"
+    assert core - strong == set(), "what the allocator itself needs must not end a process"

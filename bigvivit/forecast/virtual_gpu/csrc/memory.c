@@ -3,7 +3,7 @@
  * Answers: cudaMalloc and cudaMallocAsync until the GPU's memory less its context is taken, cudaHostAlloc and
  * registered and managed memory (the host's), copies and sets in every direction, what a pointer is.
  * What is read back from a device: values.c and results.c.
- * Does not answer: inter-process handles of memory. A device allocation of 2 MiB and more takes whole pages of 2 MiB;
+ * Does not answer: inter-process handles of memory (refused by CUDA's own error). A device allocation of 2 MiB and more takes whole pages of 2 MiB;
  * the driver's own packing of smaller ones is not imitated. Managed memory takes none of the device. Each process
  * counts for itself: what another rank takes of the same GPU is not seen.
  */
@@ -392,6 +392,11 @@ EXPORT int cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) 
     count_captured_node(stream);
     return cudaMemset(pointer, value, size);
 }
+
+EXPORT int cudaIpcGetMemHandle(void *handle, void *pointer) { return (void)handle, (void)pointer, fail(NOT_SUPPORTED); }
+EXPORT int cudaIpcOpenMemHandle(void **pointer, ...) { return (void)pointer, fail(NOT_SUPPORTED); }
+EXPORT int cudaIpcCloseMemHandle(void *pointer) { return (void)pointer, fail(NOT_SUPPORTED); }
+EXPORT int cudaIpcGetEventHandle(void *handle, void *event) { return (void)handle, (void)event, fail(NOT_SUPPORTED); }
 
 /* Variables of kernels have an address, and no value. */
 EXPORT int cudaGetSymbolAddress(void **pointer, const void *symbol) { return *pointer = (void *)symbol, SUCCESS; }

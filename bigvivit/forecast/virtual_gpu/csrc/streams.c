@@ -205,6 +205,15 @@ EXPORT int cudaGraphGetNodes(void *graph, void **nodes, size_t *count) {
     *count = ((struct graph *)graph)->nodes;
     return SUCCESS;
 }
+#if CUDA_MAJOR >= 13
+EXPORT int cudaGraphNodeGetDependencies(void *node, void **nodes, void *edges, size_t *count) {
+    return (void)node, (void)nodes, (void)edges, *count = 0, SUCCESS;
+}
+#else
+EXPORT int cudaGraphNodeGetDependencies(void *node, void **nodes, size_t *count) {
+    return (void)node, (void)nodes, *count = 0, SUCCESS;
+}
+#endif
 EXPORT int cudaGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
     (void)graph, (void)flags;
     return (*executable = calloc(1, 1)) ? SUCCESS : fail(OUT_OF_MEMORY);
