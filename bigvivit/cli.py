@@ -27,6 +27,7 @@ def main() -> None:
         "eval": (evaluate, "accuracy of trained runs"),
         "predict": (predict, "what a trained run takes videos for"),
         "plan": (plan, "whether a training step fits hardware that need not be here"),
+        "dryrun": (dryrun, "whether any PyTorch program fits a GPU that is not here: run it on a virtual one"),
         "drift": (drift, "what storing a tower in bf16, fp16, int8 or nf4 costs"),
         "towers": (towers, "the towers known by name: size, memory, tokens"),
         "check": (check, "find the videos of a manifest that cannot be read"),
@@ -217,6 +218,13 @@ def plan(argv: list[str]) -> None:
     from bigvivit.plan import plan as forecast
 
     forecast(tyro.cli(PlanConfig, args=argv, prog="bigvivit plan"))
+
+
+def dryrun(argv: list[str]) -> None:
+    """`bigvivit dryrun --gpu … -- COMMAND`; exit code 1 where it does not fit."""
+    from bigvivit.commands.dryrun import dryrun as dryrun_main
+
+    dryrun_main(argv)
 
 
 def report(argv: list[str]) -> None:

@@ -10,6 +10,7 @@
             optimizer.step()
 
         memory_budget(step, peak="3.2 GiB")
+        memory_budget(step, peak="3.4 GiB", gpu="L4")  # PyTorch's own CUDA allocator, on a virtual GPU
 
 Whoever wants it names it: an entry point would load it, with its option, wherever this package is installed.
 
@@ -25,8 +26,10 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,6 +43,12 @@ PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes")
 """Whose code decides which tensors a step makes."""
 NAMED = 8
 """Causes that a failure names."""
+STEPS = 3
+"""Steps that run on a virtual GPU, as many as are traced."""
+NEVER = 1 << 62
+"""Steps after which a dry run would end by itself."""
+IN_CHILD = "BIGVIVIT_MEMORY_BUDGET"
+"""Set where a test runs once more, on a virtual GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -173,21 +182,45 @@ def memory_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     return check
 
 
+@dataclass(frozen=True)
+class OnGpu:
+    """What a test took on a virtual GPU, until three steps had run."""
+
+    gpu: str
+    peak_bytes: int
+    reserved_bytes: int
+
+
 @pytest.fixture
-def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trace]]:
+def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trace | OnGpu | None]]:
     """`memory_budget(step, peak="3.2 GiB")`: three steps, traced on fake tensors, never have more alive at once.
 
     Build model and optimizer in the test: tensors made while this fixture is in use are fake. Modules and the optimizer
     are those that `step` refers to; name them with `modules={"net": net}` and `optimizer=` where it does not do so
     itself. Returns the trace.
+
+    With `gpu="L4"` the test is run once more from its beginning, in a process on a virtual GPU, where tensors that name
+    no device are made on it and the steps are real: the peak is that of PyTorch's CUDA allocator over all of the test
+    until then. Returns an `OnGpu`.
     """
+    if IN_CHILD in os.environ:
+        import torch
+
+        with torch.device("cuda"):
+            yield run_and_leave
+        return
+
     from bigvivit.forecast import fake_tensors, trace_step
 
     goldens = Goldens(request.node, request.config.getoption("update_memory_goldens"))
     with fake_tensors():
 
-        def check(step: Callable[[], Any], *, peak: str | int, modules: Any = None, optimizer: Any = None) -> Trace:
+        def check(
+            step: Callable[[], Any], *, peak: str | int, modules: Any = None, optimizer: Any = None, gpu: str = ""
+        ) -> Trace | OnGpu:
             budget = parse_bytes(peak) if isinstance(peak, str) else peak
+            if gpu:
+                return check_on_gpu(request.node, gpu, budget)
             seen, optimizers = find_parts(step)
             modules, optimizer = modules or seen, optimizer or optimizers
             if not modules:
@@ -209,6 +242,42 @@ def memory_budget(request: pytest.FixtureRequest) -> Iterator[Callable[..., Trac
             return trace
 
         yield check
+
+
+def run_and_leave(step: Callable[[], Any], **others: Any) -> None:
+    """In the process on a virtual GPU: the steps, and nothing of the test after them."""
+    if not others.get("gpu"):
+        return
+    for _ in range(STEPS):
+        step()
+    pytest.skip("the steps have run")
+
+
+def check_on_gpu(item: pytest.Item, gpu: str, budget: int) -> OnGpu:
+    """Run the test on a virtual GPU and compare its peak; fails with the lines that made the largest tensors."""
+    from bigvivit.forecast.dryrun.launch import Request, dry_run, scratch_folder
+
+    command = (
+        *("env", f"{IN_CHILD}=1", sys.executable, "-m", "pytest", item.nodeid, "--rootdir", str(item.config.rootpath)),
+        *("-o", "addopts=", "-p", "no:cacheprovider"),
+    )
+    with scratch_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(item.config.rootpath)
+        outcome = dry_run(Request(command=command, gpu=gpu, gpus=1, steps=NEVER), folder)
+    if outcome.word == "out of memory":
+        pytest.fail(f"out of memory on a virtual {gpu}: {outcome.error_text}", pytrace=False)
+    if outcome.word != "fits":
+        pytest.fail(f"on a virtual {gpu} ({outcome.word}):\n{outcome.tail}", pytrace=False)
+    found = OnGpu(gpu, outcome.peak("peak_allocated_bytes"), outcome.peak("peak_reserved_bytes"))
+    if found.peak_bytes > budget:
+        over = found.peak_bytes - budget
+        lines = [
+            f"  {row['bytes']:,} B  {row['phase']} at {row['line'] or 'no line of the test'} {row['inside']}".rstrip()
+            for row in outcome.records[0]["devices"][0]["largest"][:NAMED]
+        ]
+        head = f"peak {found.peak_bytes:,} B on a virtual {gpu} is {over:,} B above the budget of {budget:,} B"
+        pytest.fail("\n".join([head, *lines]), pytrace=False)
+    return found
 
 
 def find_parts(step: Callable[[], Any]) -> tuple[dict[str, Any], list[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.dryrun_programs import docs_table as dryrun_table
 from bench.real_clips import docs_table
 from bigvivit.versions import PACKAGES, minor
 from tests.launching import ROOT
@@ -46,6 +47,16 @@ def test_the_table_of_real_clips_is_the_linked_reports() -> None:
     rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
     assert docs_table(rows) in page
     assert all(row["evidence"] == "measured" for row in rows)
+
+
+def test_the_table_of_dry_runs_is_the_linked_reports() -> None:
+    page = (ROOT / "docs" / "dryrun.md").read_text()
+    (report,) = set(re.findall(r"bench/results/(dryrun_programs_\S+?)\.md", page))
+    rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
+    assert dryrun_table(rows) in page
+    assert all(row["evidence"] == "virtual" for row in rows)
+    fit = sum(row["verdict"] == "fits" for row in rows)
+    assert f"{fit} of {len(rows)} ran" in page
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

@@ -138,6 +138,7 @@ def test_nothing_is_unpickled() -> None:
 
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
 WITHOUT_TORCH += ["bigvivit.versions", "bigvivit.machine", "bigvivit.commands.doctor", "bigvivit.data.demo"]
+WITHOUT_TORCH += ["bigvivit.commands.dryrun", "bigvivit.forecast.dryrun.recorder"]
 WITHOUT_TORCH += ["bigvivit.testing"]  # a plugin: every run of pytest that names it imports it
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 

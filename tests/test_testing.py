@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from bigvivit.forecast import fake_tensors
+from bigvivit.config import ConfigError
+from bigvivit.forecast import fake_tensors, virtual_gpu
 
 with fake_tensors():
     pass  # what this imports does not stand being imported once more by each inner run of pytest
@@ -104,3 +105,43 @@ def test_goldens_are_written_when_asked_and_never_passed_over(
     golden(project, 5000).assert_outcomes(skipped=1)  # versions that are new: nobody has looked at them yet
     path.write_text(path.read_text().replace("test_peak.py", "test_other.py"))
     golden(project, 1000).assert_outcomes(failed=1)  # a test that is new: it was not recorded
+
+
+ON_GPU = """
+import torch
+from torch import nn
+
+def test_net(memory_budget):
+    net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        net(torch.ones(1024, 256)).mean().backward()
+        optimizer.step()
+
+    found = memory_budget(step, peak="BUDGET", gpu="L4")
+    assert found.gpu == "L4"
+    # weights, gradients and momentum; inputs and hidden values: all that is there, and rounding
+    assert 3 * 2 * 257 * 256 * 4 < found.peak_bytes <= found.reserved_bytes < 64 * 2**20
+    assert isinstance(net[0].weight, nn.Parameter) and net[0].weight.device.type == "cpu"
+"""
+
+
+@pytest.mark.parametrize(
+    ("budget", "outcome"),
+    [pytest.param("32 MiB", {"passed": 1}, marks=pytest.mark.slow), ("1 MiB", {"failed": 1})],
+)
+def test_a_budget_on_a_virtual_gpu_is_held_in_a_process_of_its_own(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, budget: str, outcome: dict[str, int]
+) -> None:
+    try:
+        virtual_gpu.environment("L4")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    project.makepyfile(test_net=ON_GPU.replace("BUDGET", budget))
+    result = project.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(**outcome)
+    if "failed" in outcome:
+        result.stdout.fnmatch_lines(["*on a virtual L4 is *above the budget of 1,048,576 B*", "*B  * at test_net.py:*"])

@@ -57,7 +57,7 @@ class Flushes:
     """Places of the events before which the program emptied the cache."""
 
 
-def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
+def compare(trace: Trace, capacity_bytes: int | None = None, *, oldest_segment_first: bool = False) -> Comparison:
     """Replay a trace from its recorded initial state under its own settings, at the addresses the driver gave.
 
     The driver's addresses are taken from the trace as long as model and trace agree; after that from
@@ -65,13 +65,26 @@ def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
     """
     flushes = explain_flushes(trace)
     real = [SegmentEvent(*event) for event in trace.events if event.kind in "SsMU"]
-    otherwise = descending_addresses()
+    lowest = min([event.address for event in real] + [segment.address for segment in trace.initial], default=1 << 46)
+    otherwise = descending_addresses(min(lowest, 1 << 46))  # below all that the driver gave: nothing is given twice
+    agreed, agrees = 0, True
 
     def reserve(size: int) -> int:
-        upcoming = real[len(allocator.log)] if len(allocator.log) < len(real) else None
-        return upcoming.address if upcoming is not None and upcoming.kind in "SM" else otherwise(size)
+        nonlocal agreed, agrees
+        place = len(allocator.log)
+        agrees = agrees and allocator.log[agreed:place] == real[agreed:place]
+        agreed = place
+        upcoming = real[place] if agrees and place < len(real) else None
+        if upcoming is not None and (upcoming.kind == "M" or (upcoming.kind == "S" and upcoming.size == size)):
+            return upcoming.address
+        return otherwise(size)
 
-    allocator = Allocator(trace.settings, capacity_bytes=capacity_bytes or flushes.least_bytes, reserve=reserve)
+    allocator = Allocator(
+        trace.settings,
+        capacity_bytes=capacity_bytes or flushes.least_bytes,
+        reserve=reserve,
+        oldest_segment_first=oldest_segment_first,
+    )
     blocks = restore(allocator, trace)
     matching = 0
 
@@ -96,14 +109,16 @@ def compare(trace: Trace, capacity_bytes: int | None = None) -> Comparison:
     )
 
 
-def what_if(trace: Trace, settings: AllocatorSettings, capacity_bytes: int | None) -> Run:
+def what_if(
+    trace: Trace, settings: AllocatorSettings, capacity_bytes: int | None, *, oldest_segment_first: bool = False
+) -> Run:
     """The trace's program under other settings, from an empty device: what was there before is allocated first."""
     before = [
         Event("a", address, requested or size, segment.stream)
         for segment in trace.initial
         for address, size, requested in segment.live
     ]
-    allocator = Allocator(settings, capacity_bytes=capacity_bytes)
+    allocator = Allocator(settings, capacity_bytes=capacity_bytes, oldest_segment_first=oldest_segment_first)
     return simulate([*before, *program_of(trace, explain_flushes(trace))], allocator)
 
 

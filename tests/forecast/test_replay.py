@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
 from bigvivit.forecast.allocator import Allocator
-from bigvivit.forecast.replay import what_if
+from bigvivit.forecast.replay import compare, what_if
 from bigvivit.forecast.simulate import simulate
 from bigvivit.forecast.snapshot import Event, Trace, read_trace
 from bigvivit.units import MiB
@@ -145,3 +146,30 @@ def test_deferred_frees_cost_memory() -> None:
     for events, peak in (([*block, done, later], 32), ([*block, later, done], 64)):
         trace = Trace("program", (), tuple(events), parse_conf(""), settings_known=True)
         assert what_if(trace, AllocatorSettings(), None).peak_reserved_bytes == peak * MiB
+
+
+def odd_recording(seed: int) -> Trace:
+    """Of an allocator that gives each block a segment of its own, at the lowest address that is free."""
+    rng, events, live = random.Random(seed), [], {}
+    for _ in range(300):
+        if live and rng.random() < 0.5:
+            place = rng.choice(list(live))
+            size = live.pop(place)
+            events += [Event(kind, place, size, 0) for kind in "rf"]
+            if rng.random() < 0.5:
+                events.append(Event("s", place, 20 * MiB, 0))
+            else:
+                live[place] = size  # the segment is kept, and its block taken again
+                events.append(Event("a", place, size, 0))
+        else:
+            place = next(number * 64 * MiB for number in range(1, 999) if number * 64 * MiB not in live)
+            live[place] = rng.choice([2, 5, 9]) * MiB
+            events += [Event("S", place, 20 * MiB, 0), Event("a", place, live[place], 0)]
+    return Trace(f"odd {seed}", (), tuple(events), AllocatorSettings(), settings_known=True)
+
+
+def test_a_recording_that_the_model_leaves_is_replayed_to_its_end() -> None:
+    """With no address given to two segments at once."""
+    found = [compare(odd_recording(seed)) for seed in range(20)]
+    assert not any(each.exact for each in found)
+    assert all(each.run.out_of_memory is None and not each.run.failed for each in found)

@@ -19,14 +19,18 @@ class Waiting(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, name: str, callback: Callable[[ModuleType], None]) -> None:
         self._name, self._callback = name, callback
         self._loader: importlib.abc.Loader | None = None
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True  # of the other finders; whoever only asks whether the module is there changes nothing
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return None
         self._loader, spec.loader = spec.loader, self
@@ -39,6 +43,8 @@ class Waiting(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert self._loader is not None
         assert module.__spec__ is not None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._callback(module)

@@ -28,3 +28,7 @@ if "BIGVIVIT_VIRTUAL_GPU" in os.environ:
 
     sys.path.remove(root)
     hooks.install()
+if "BIGVIVIT_DRYRUN" in os.environ:
+    from bigvivit.forecast.dryrun import recorder
+
+    recorder.install()

@@ -1,0 +1,165 @@
+"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER`.
+
+The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of
+this project; others come with their packages. Each is a dry run of three optimizer steps. Nothing is compared with a
+GPU here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from bigvivit.forecast.dryrun.expandable import has_newer_order
+from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run, scratch_folder
+from bigvivit.forecast.replay import compare
+from bigvivit.forecast.snapshot import read_trace
+from bigvivit.training.report import run_bench, write_report
+from bigvivit.units import format_bytes
+
+PROGRAMS = Path(__file__).parent / "dryrun_programs"
+STEPS, MINUTES = 3, 3
+CLIP = (
+    *("python", "-m", "open_clip_train.main", "--dataset-type", "synthetic", "--train-num-samples", "256"),
+    *("--batch-size", "16", "--model", "ViT-B-32", "--workers", "0", "--epochs", "1", "--precision", "amp_bf16"),
+)
+PLACES = {
+    "open_clip": ("pip, open_clip_torch 3: its own trainer", 1, CLIP),
+    "accelerate_launch": (
+        "accelerate_loop.py under accelerate launch", 2,
+        ("accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision",
+         "bf16", "--dynamo_backend", "no", "--main_process_port", "29641", "accelerate_loop.py"),
+    ),
+    "fsdp2_loop": ("torchrun", 2, ("torchrun", "--nproc_per_node", "2", "--master_port", "29642", "fsdp2_loop.py")),
+    "ddp_loop": ("torchrun", 2, ("torchrun", "--nproc_per_node", "2", "--master_port", "29643", "ddp_loop.py")),
+    "deepspeed_zero": (
+        "deepspeed, ZeRO-2", 2,
+        ("deepspeed", "--num_gpus", "2", "--master_port", "29644", "deepspeed_zero.py", "--stage", "2"),
+    ),
+    "deepspeed_zero3": (
+        "deepspeed, ZeRO-3", 2,
+        ("deepspeed", "--num_gpus", "2", "--master_port", "29645", "deepspeed_zero.py", "--stage", "3"),
+    ),
+}  # fmt: skip
+"""Those that are more than `python NAME.py`: started by what, on how many GPUs, how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Dry-run public training programs."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Programs; all where none is given."""
+    packages: Path | None = None
+    """Folder of `pip install --target` with what only these programs need."""
+    gpu: str = "A100 80GB"
+    """GPU of the hardware table."""
+    results: Path = Path(__file__).parent / "results"
+    """Folder of reports."""
+
+
+def list_programs() -> dict[str, tuple[str, int, tuple[str, ...]]]:
+    """By name: started by what, GPUs, command."""
+    own = sorted(path.stem for path in PROGRAMS.glob("*.py") if path.stem != "tokenizer")
+    plain: dict[str, tuple[str, int, tuple[str, ...]]] = {name: ("python", 1, ("python", f"{name}.py")) for name in own}
+    return plain | PLACES
+
+
+def main(arguments: Arguments) -> None:
+    """Run each, write."""
+    programs = list_programs()
+    names = arguments.names or tuple(programs)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        str(path) for path in (arguments.packages, os.environ.get("PYTHONPATH")) if path
+    )
+    rows: list[dict[str, Any]] = []
+    partial = arguments.results / "dryrun_programs.partial.jsonl"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
+    for name in names:
+        how, gpus, command = programs[name]
+        row = run_program(
+            name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
+        )
+        rows.append({**row, "started_by": how, "gpus": gpus})
+        with partial.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{name}: {rows[-1]['failure'] or rows[-1]['verdict']}, {rows[-1]['seconds']:.0f} s", flush=True)
+    settings = {"gpu": arguments.gpu, "steps": STEPS}
+    stem = write_report(arguments.results, "dryrun_programs", device=torch.device("cpu"), settings=settings, rows=rows)
+    partial.unlink()
+    print(f"wrote {stem}.json and .md")
+
+
+def place(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command with the programs' full paths: it runs in a scratch folder."""
+    return tuple(str(PROGRAMS / word) if (PROGRAMS / word).is_file() else word for word in command)
+
+
+def run_program(name: str, request: Request) -> dict[str, Any]:
+    """One row."""
+    with scratch_folder() as folder, tempfile.TemporaryDirectory() as there:
+        before = Path.cwd()
+        os.chdir(there)
+        try:
+            outcome = dry_run(request, folder)
+        finally:
+            os.chdir(before)
+        row = describe(name, outcome)
+        row["replayed_exactly"] = replay(folder, has_newer_order(torch.__version__))
+    return row
+
+
+def describe(name: str, outcome: Outcome) -> dict[str, Any]:
+    """What was seen of a run."""
+    steps = [seconds for record in outcome.ranks for seconds in record["step_seconds"]]
+    failure = None if outcome.word == "fits" else describe_failure(outcome)
+    return {
+        "program": name,
+        "verdict": outcome.word,
+        "evidence": "virtual",
+        "ranks": len(outcome.ranks),
+        "steps": min((record["steps"] for record in outcome.ranks), default=0),
+        "peak_allocated_bytes": outcome.peak("peak_allocated_bytes"),
+        "peak_reserved_bytes": outcome.peak("peak_reserved_bytes"),
+        "peak_driver_bytes": outcome.peak("peak_driver_bytes"),
+        "seconds": outcome.seconds,
+        "seconds_per_step": sum(steps) / len(steps) if steps else None,
+        "failure": f"not ended after {MINUTES} minutes" if outcome.timed_out else failure,
+    }
+
+
+def docs_table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/dryrun.md."""
+    lines = ["| program | started by | GPUs | peak allocated | peak reserved | seconds | |", "| --- " * 7 + "|"]
+    for row in sorted(rows, key=lambda row: str(row["program"])):
+        sizes = [format_bytes(row[f"peak_{name}_bytes"]) for name in ("allocated", "reserved")]
+        cells = [row["program"], row["started_by"], str(row["gpus"]), *(sizes if row["verdict"] == "fits" else "--")]
+        cells += [f"{row['seconds']:.0f}", row["failure"] or row["verdict"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def describe_failure(outcome: Outcome) -> str:
+    """One line: the one that names what the virtual GPU lacks, or an error's."""
+    lines = outcome.tail.splitlines() or ["it printed nothing"]
+    return f"{outcome.word}: {lines[0] if NO_ANSWER in lines[0] else lines[-1]}"
+
+
+def replay(folder: Path, newer: bool) -> bool | None:
+    """Whether the allocator model asks for every segment that PyTorch's did; None where nothing was kept."""
+    events = sorted(folder.glob("*.jsonl.gz"))
+    if not events:
+        return None
+    return all(compare(read_trace(path), oldest_segment_first=newer).exact for path in events)
+
+
+if __name__ == "__main__":
+    run_bench(main, Arguments, __doc__)
