@@ -27,8 +27,8 @@ from bigvivit.versions import require_for_run
 
 if TYPE_CHECKING:
     from bigvivit.forecast.card import Verdict
-    from bigvivit.forecast.virtual_step import VirtualVerdict
     from bigvivit.trial import Trial
+    from bigvivit.trial_virtual import VirtualVerdict
 
 RANKS = 8
 """Over which sharding is compared where the plan has one rank only."""
@@ -139,8 +139,8 @@ def plan(config: PlanConfig) -> None:
 
     from bigvivit.forecast.card import judge, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead
-    from bigvivit.forecast.virtual_step import try_virtual_gpu
     from bigvivit.trial import Trial, trace_trial
+    from bigvivit.trial_virtual import try_virtual_gpu
 
     heads = config.probe.heads(optim, ModelConfig(temporal_depth=config.temporal_depth))
     trial = Trial(
