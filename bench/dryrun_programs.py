@@ -21,11 +21,11 @@ from bigvivit.forecast.dryrun.expandable import has_newer_order
 from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.snapshot import read_trace
-from bigvivit.training.report import run_bench, write_report
+from bigvivit.training.report import read_commit, run_bench, write_report
 from bigvivit.units import format_bytes
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
-STEPS, MINUTES = 3, 3
+STEPS, MINUTES = 3, 8
 CLIP = (
     *("python", "-m", "open_clip_train.main", "--dataset-type", "synthetic", "--train-num-samples", "256"),
     *("--batch-size", "16", "--model", "ViT-B-32", "--workers", "0", "--epochs", "1", "--precision", "amp_bf16"),
@@ -61,6 +61,8 @@ class Arguments:
     """Folder of `pip install --target` with what only these programs need."""
     gpu: str = "A100 80GB"
     """GPU of the hardware table."""
+    resume: bool = False
+    """Keep the rows of a run that did not come to its end."""
     results: Path = Path(__file__).parent / "results"
     """Folder of reports."""
 
@@ -82,13 +84,18 @@ def main(arguments: Arguments) -> None:
     rows: list[dict[str, Any]] = []
     partial = arguments.results / "dryrun_programs.partial.jsonl"
     arguments.results.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)
+    if arguments.resume and partial.exists():
+        rows += [json.loads(line) for line in partial.read_text().splitlines()]
+    else:
+        partial.unlink(missing_ok=True)
     for name in names:
+        if name in [row["program"] for row in rows]:
+            continue
         how, gpus, command = programs[name]
         row = run_program(
             name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
         )
-        rows.append({**row, "started_by": how, "gpus": gpus})
+        rows.append({**row, "started_by": how, "gpus": gpus, "commit": read_commit()})
         with partial.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{name}: {rows[-1]['failure'] or rows[-1]['verdict']}, {rows[-1]['seconds']:.0f} s", flush=True)
@@ -121,6 +128,8 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
     """What was seen of a run."""
     steps = [seconds for record in outcome.ranks for seconds in record["step_seconds"]]
     failure = None if outcome.word == "fits" else describe_failure(outcome)
+    if failure is not None and outcome.timed_out:
+        failure = f"not ended after {MINUTES} minutes"
     return {
         "program": name,
         "verdict": outcome.word,
@@ -132,7 +141,7 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
         "peak_driver_bytes": outcome.peak("peak_driver_bytes"),
         "seconds": outcome.seconds,
         "seconds_per_step": sum(steps) / len(steps) if steps else None,
-        "failure": f"not ended after {MINUTES} minutes" if outcome.timed_out else failure,
+        "failure": failure,
     }
 
 
