@@ -40,12 +40,12 @@ class Choice:
 
 CHOICES = (
     Choice("as shipped"),
-    Choice("positions of size 1", position_size=1.0),
-    Choice("positions of size 4", position_size=4.0),
-    Choice("the original's temporal input", ("--model.temporal-input", "original"), POSITION_STD["original"]),
     Choice("with a grid of 4 x 4 patches", ("--model.patch-grid", "4")),
+    Choice("the original's temporal input", ("--model.temporal-input", "original"), POSITION_STD["original"]),
     Choice("every second frame", ("--clip.stride", "2")),
     Choice("every fourth frame", ("--clip.stride", "4")),
+    Choice("positions of size 1", position_size=1.0),
+    Choice("positions of size 4", position_size=4.0),
 )
 
 
