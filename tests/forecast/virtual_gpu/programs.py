@@ -188,6 +188,18 @@ def read_values() -> dict[str, Any]:
     }
 
 
+def generation_ends(finished: bool) -> bool:
+    """How transformers' generation sees whether all sequences are finished: by length, or by a token not known."""
+    import torch
+
+    device = "cuda"
+    unfinished = torch.ones(2, dtype=torch.long, device=device)
+    at_length = torch.full((2,), finished, dtype=torch.bool, device=device)
+    ended = torch.isin(torch.randint(0, 9, (2,), device=device), torch.tensor([7], device=device))
+    unfinished = unfinished & ~(at_length | ended)
+    return bool(unfinished.max() == 0)
+
+
 def reuse_memory() -> float:
     """What a fresh tensor reads as where an uploaded one was."""
     import torch

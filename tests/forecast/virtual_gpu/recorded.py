@@ -1,8 +1,8 @@
 """A language model written anew after published recordings of a real GPU (../shared/traces: forward passes in fp32 and
 bf16 autocast, batch 4, 128 tokens): 12 layers, width 768, 12 heads, SwiGLU of 3,072, rotary positions, 10,000 words.
 
-Which operators it has, and where functions end and release their local tensors, was read from the recordings. What
-these operators then allocate, cast and release, in which sizes and in which order, is PyTorch's answer.
+Which operators it has, and where functions end and release their local tensors, was read from the recordings. What the
+operators then allocate, cast and release, in which sizes and in which order, is PyTorch's answer.
 """
 
 from __future__ import annotations
