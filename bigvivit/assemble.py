@@ -37,15 +37,32 @@ class TowerSource:
     """SHA-256 over the weight files; None for random weights."""
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this rank. Raises ConfigError for CUDA where there is none."""
+def choose_device(name: str, *, tf32: bool = False) -> torch.device:
+    """The device of this rank, with fp32 products on CUDA exact or, if `tf32`, of rounded factors. Raises ConfigError
+    for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but PyTorch finds no CUDA device: leave it out, or give --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", choose_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     torch.cuda.set_device(device)
+    for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
+        products.fp32_precision = "tf32" if tf32 else "ieee"
     return device
+
+
+def choose_gpu(local_rank: int, visible: int) -> int:
+    """The number, among the GPUs that this process sees, of the one for this rank of the node.
+
+    Some launchers show each rank its own GPU alone. Raises ConfigError where there are more ranks than GPUs.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    raise ConfigError(
+        f"LOCAL_RANK={local_rank}, but this node has {visible} visible GPUs: start at most {visible} ranks on it"
+    )
 
 
 def open_tower(
@@ -122,11 +139,17 @@ def prepare_model(source: TowerSource, model: ModelConfig, clip: ClipConfig) -> 
     assert model.tubelet is not None
     assert model.temporal_input is not None
     try:
-        tower = build_tower(source.spec, tubelet=model.tubelet, image_size=clip.size, droplayer=model.droplayer)
+        tower = build_tower(
+            source.spec,
+            tubelet=model.tubelet,
+            image_size=clip.size,
+            droplayer=model.droplayer,
+            patch_grid=model.patch_grid,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     options = {"frames": clip.frames, "tubelet": model.tubelet, "droplayer": model.droplayer}
-    return tower, {**options, "temporal_input": model.temporal_input}
+    return tower, {**options, "temporal_input": model.temporal_input, "patch_grid": model.patch_grid}
 
 
 def tower_folder(run: Path, header: Header) -> Path | None:

@@ -62,6 +62,7 @@ class RunCache:
             "mean": source.spec.mean,
             "std": source.spec.std,
             "tubelet": model.tubelet,
+            "patch_grid": model.patch_grid,
             "storage": plan.storage,
             "compute": dtype_name(compute),
             "kept": dtype_name(self.dtype),
@@ -70,7 +71,7 @@ class RunCache:
         text = json.dumps(record, indent=2, sort_keys=True, default=str) + "\n"
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.folder = root / self.key[:16]
-        self.vectors = clip.frames // model.tubelet, source.spec.width
+        self.vectors = clip.frames // model.tubelet, source.spec.width * (1 + model.patch_grid**2)
         self.loaders: list[FeatureLoader] = []
         with explain_no_space(root):
             self.folder.mkdir(parents=True, exist_ok=True)

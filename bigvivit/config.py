@@ -44,6 +44,9 @@ class ModelConfig:
     temporal_input: Literal["centred", "original"] | None = None
     """What the temporal transformer sees: how the frame vectors of a clip change, at unit size, with their mean apart,
     or, as in the original, the vectors as they are [default: centred]."""
+    patch_grid: int = 0
+    """Patches of each tubelet that stage 2 sees besides the tower's vector, averaged to a grid of so many by so many
+    cells: attention learns what to take from them, as V-JEPA 2's probes do. 0: the vector alone."""
     droplayer: float = 0.0
     """Stochastic depth: rate of the deepest block of each transformer, growing linearly from 0 (paper, Table 7)."""
 
@@ -52,6 +55,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 1")
+        if self.patch_grid < 0:
+            raise ConfigError(f"model.patch_grid={self.patch_grid} must not be negative")
         if not 0 <= self.droplayer < 1:
             raise ConfigError(f"model.droplayer={self.droplayer} is a probability: give a number from 0 to below 1")
 
@@ -178,6 +183,8 @@ class OptimConfig:
     """Greatest norm of the whole gradient; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    fused: bool = False
+    """Update all weights in one kernel each for the whole step (PyTorch's `fused=True`), of sgd and adamw."""
     ema: float = 0.0
     """Decay of the exponential moving average of the trained weights that is validated and kept in their place; its
     window grows with the first steps. 0 keeps the weights themselves."""
@@ -195,6 +202,8 @@ class OptimConfig:
         for name in ("warmup_steps", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if self.fused and self.eight_bit:
+            raise ConfigError(f"optim.fused with optim.name={self.name}: bitsandbytes' are fused already; leave it out")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.ema < 1:
@@ -296,6 +305,9 @@ class TrainConfig:
     """Shard with PyTorch's FSDP2, without DeepSpeed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
+    tf32: bool = False
+    """Let fp32 matrix products and convolutions on CUDA round their factors to 10 bits: several times faster from
+    Ampere on. Without it they are exact, convolutions too, which PyTorch would round by default."""
     preset: Literal["small"] | None = None
     """Settings that go together, for all that the command line does not say itself. `small`: some hundred clips."""
     seed: int = 0
@@ -336,6 +348,8 @@ class TrainConfig:
             raise ConfigError(f"init_from={self.init_from} is for stage 2: leave it out, or give --stage 2")
         if self.stage == 1 and self.model.tower is None:
             raise ConfigError("model.tower is not set: stage 1 needs an image tower, --model.tower <hub id or folder>")
+        if self.stage == 1 and self.model.patch_grid:
+            raise ConfigError(f"model.patch_grid={self.model.patch_grid} is for stage 2: leave it out")
         check_optim(self)
         if self.init_from is None:
             object.__setattr__(self, "model", resolve_model(self.model, inherited=None))
@@ -427,7 +441,7 @@ def resolve_model(given: ModelConfig, inherited: ModelConfig | None) -> ModelCon
     changes, contradictions = {}, []
     for item in fields(ModelConfig):
         value, old = getattr(given, item.name), getattr(known, item.name)
-        if item.name in ("droplayer", "allow_pickle"):  # of this run, not properties of the weights
+        if item.name in ("droplayer", "allow_pickle", "patch_grid"):  # of this run, not properties of the weights
             continue
         if value is None:
             changes[item.name] = old

@@ -28,6 +28,7 @@ from bigvivit.versions import require_for_run
 if TYPE_CHECKING:
     from bigvivit.forecast.card import Verdict
     from bigvivit.trial import Trial
+    from bigvivit.trial_virtual import VirtualVerdict
 
 RANKS = 8
 """Over which sharding is compared where the plan has one rank only."""
@@ -35,10 +36,11 @@ RANKS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Forecast the memory of a training step: the real step, traced on fake tensors, without a GPU.
+    """Forecast the memory of a training step, without a GPU.
 
-    Nothing of this has been compared with a GPU of ours. Traces are held to the CPU allocator's own count and to real
-    ranks over gloo, the allocator model to published recordings of GPUs; the rest is a table of constants with ranges.
+    On Linux with a CUDA build of PyTorch the step runs on a virtual GPU: PyTorch's own CUDA allocator, dispatcher and
+    choice of kernels, without a device (docs/virtual_gpu.md). Elsewhere, for several ranks, and for what --explain,
+    --timeline and --snapshot show, it is traced on fake tensors. Nothing of this has been compared with a GPU of ours.
     """
 
     tower: str
@@ -59,10 +61,16 @@ class PlanConfig:
     """Frames per tubelet."""
     temporal_depth: int = 4
     """Layers of the temporal transformer."""
+    patch_grid: int = 0
+    """Cells along an edge of the grid of patches that stage 2 sees, as training's `--model.patch-grid`."""
     classes: int = 400
     """Of the head."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
     """The last two are bitsandbytes'."""
+    fused: bool = False
+    """One kernel for all weights, as training's `--optim.fused`."""
+    ema: float = 0.0
+    """Decay of the moving average of the trained weights, as training's `--optim.ema`: any above 0 is one more copy."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     cached: bool = False
@@ -88,6 +96,8 @@ class PlanConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
+        if self.ema and self.ds is not None:
+            raise ConfigError(f"ema={self.ema} under ds={self.ds}: DeepSpeed keeps no averages; leave it out")
         if self.fsdp and self.optimizer.endswith("8bit"):
             raise ConfigError(
                 f"optimizer={self.optimizer} under fsdp: bitsandbytes cannot update FSDP2's sharded "
@@ -101,6 +111,9 @@ class PlanConfig:
             raise ConfigError(f"probe={self.probe} is for stage 2, and not for DeepSpeed: leave --probe out")
         if self.cached and self.stage == 1:
             raise ConfigError("cached is for stage 2, whose tower is frozen: leave it out")
+        if self.patch_grid and self.stage == 1:
+            raise ConfigError(f"patch_grid={self.patch_grid} is for stage 2: leave it out")
+        ModelConfig(patch_grid=self.patch_grid)
         ClipConfig(frames=self.frames, size=self.size, resize=self.size)
         check_frames(self.frames, self.tubelet)
         check_memory(self.memory, self.stage)
@@ -118,13 +131,16 @@ def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
     card = find_hardware(config.hardware)
     batch_size = config.clips * config.ranks
-    optim = OptimConfig(name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0)
+    optim = OptimConfig(
+        name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema, fused=config.fused
+    )
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
     require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
     from bigvivit.forecast.card import judge, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead
     from bigvivit.trial import Trial, trace_trial
+    from bigvivit.trial_virtual import try_virtual_gpu
 
     heads = config.probe.heads(optim, ModelConfig(temporal_depth=config.temporal_depth))
     trial = Trial(
@@ -134,9 +150,12 @@ def plan(config: PlanConfig) -> None:
         size=config.size,
         tubelet=config.tubelet,
         temporal_depth=config.temporal_depth,
+        patch_grid=config.patch_grid,
         clips=config.clips,
         classes=config.classes,
         optimizer=config.optimizer,
+        fused=config.fused,
+        ema=config.ema,
         plan=resolve_types(config.memory, card),
         fsdp=config.fsdp,
         ds=ds,
@@ -145,9 +164,12 @@ def plan(config: PlanConfig) -> None:
         cached=config.cached,
     )
     _, there, _ = capacity(card, forecast_overhead(card, ranks=config.ranks))
-    with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
-        trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
-    verdict = judge(trace, card, ranks=config.ranks, without=config.without)
+    virtual = try_virtual_gpu(trial, card) if not config.without else "corrections were left out"
+    verdict = None
+    if isinstance(virtual, str) or config.explain or config.timeline or config.snapshot:
+        with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
+            trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
+        verdict = judge(trace, card, ranks=config.ranks, without=config.without)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline
 
@@ -157,15 +179,23 @@ def plan(config: PlanConfig) -> None:
 
         write_snapshot(trace, config.snapshot)
     if config.json:
-        print(json.dumps(to_json(config, card, verdict), indent=2))
+        print(json.dumps(to_json(config, card, verdict, virtual), indent=2))
         return
-    print_verdict(trial, card, verdict)
+    if isinstance(virtual, str):
+        assert verdict is not None
+        fits = verdict.fits
+        print_verdict(trial, card, verdict)
+        print(f"  traced on fake tensors, not run on a virtual GPU: {virtual}")
+    else:
+        fits = virtual.fits
+        print_virtual(trial, card, virtual)
     if config.explain:
+        assert verdict is not None
         print_composition(verdict)
         if trial.stage == 2:
             print("\n".join(compare_sharding(trial, card)))
         print_corrections(verdict, config)
-    if not verdict.fits[1]:
+    if not fits[1]:
         from bigvivit.advice import Room, ask_for_advice
 
         print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
@@ -181,19 +211,59 @@ def describe(trial: Trial, card: Accelerator) -> str:
     return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {heads}{ranks}{card.name}"
 
 
-def to_json(config: PlanConfig, card: Accelerator, verdict: Verdict) -> dict[str, Any]:
-    """For programs; bytes throughout."""
-    return {
-        "evidence": "forecast",
-        "hardware": card.name,
-        "fits": dict(zip(("worst", "expected", "best"), verdict.fits, strict=True)),
-        "peak_bytes": verdict.trace.peak_bytes(),
-        "host_peak_bytes": verdict.trace.peak_bytes("host"),
-        "reserved_bytes": [run.peak_reserved_bytes for run in verdict.runs],
-        "capacity_bytes": list(verdict.capacities),
-        "composition_bytes": verdict.trace.composition(),
-        "settings": json.loads(json.dumps(replace(config, ds=config.ds).__dict__, default=str)),
-    }
+def to_json(
+    config: PlanConfig, card: Accelerator, verdict: Verdict | None, virtual: VirtualVerdict | str
+) -> dict[str, Any]:
+    """For programs; bytes throughout. Of a trace, where there is one, also what the peak is made of."""
+    found: dict[str, Any] = {"hardware": card.name}
+    if isinstance(virtual, str):
+        assert verdict is not None
+        found |= {
+            "evidence": "forecast",
+            "not_virtual": virtual,
+            "fits": name_cases(verdict.fits),
+            "peak_bytes": verdict.trace.peak_bytes(),
+            "reserved_bytes": verdict.runs[1].peak_reserved_bytes,
+            "out_of_memory": None if verdict.fits[1] else str(verdict.runs[1].out_of_memory),
+            "capacity_bytes": name_cases(verdict.capacities),
+        }
+    else:
+        found |= {
+            "evidence": "virtual",
+            "fits": name_cases(virtual.fits),
+            "peak_bytes": virtual.expected.allocated_bytes,
+            "reserved_bytes": virtual.expected.reserved_bytes,
+            "out_of_memory": virtual.expected.out_of_memory,
+            "capacity_bytes": name_cases(virtual.capacities),
+        }
+    if verdict is not None:
+        found["trace"] = {
+            "evidence": "forecast",
+            "peak_bytes": verdict.trace.peak_bytes(),
+            "host_peak_bytes": verdict.trace.peak_bytes("host"),
+            "composition_bytes": verdict.trace.composition(),
+        }
+    return {**found, "settings": json.loads(json.dumps(replace(config, ds=config.ds).__dict__, default=str))}
+
+
+def name_cases(values: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """By how much the driver and libraries take."""
+    return dict(zip(("worst", "expected", "best"), values, strict=True))
+
+
+def print_virtual(trial: Trial, card: Accelerator, found: VirtualVerdict) -> None:
+    """Whether it fits, and by how much, in PyTorch's own numbers."""
+    from bigvivit.forecast.card import describe_fit
+
+    step = found.expected
+    low, there, high = found.capacities
+    print(f"{describe(trial, card)}: {describe_fit(found.fits)} (virtual)")
+    until = "" if step.out_of_memory is None else " until then"
+    if step.out_of_memory is not None:
+        print(f"  out of memory         {step.out_of_memory}")
+    print(f"  tensors at the peak   {format_bytes(step.allocated_bytes)}{until}, of the device")
+    print(f"  reserved by PyTorch   {format_bytes(step.reserved_bytes)}{until}")
+    print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
 
 
 def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:

@@ -154,7 +154,7 @@ def run_stage(job: Job, stop: StopSignal, work: Callable[..., bool] | None = Non
 
     logging.basicConfig(level=logging.INFO if job.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    device = assemble.choose_device(job.config.device)
+    device = assemble.choose_device(job.config.device, tf32=job.config.tf32)
     board = start_process_group(device, job.world, deepspeed=job.ds is not None, fsdp=job.config.fsdp)
     try:
         with explain_full_disk(job.config.out, "a file of this run"):  # where nobody names it closer

@@ -57,6 +57,7 @@ class Trial:
     tubelet: int = 2
     temporal_depth: int = 4
     temporal_input: Literal["centred", "original"] = "centred"
+    patch_grid: int = 0
     droplayer: float = 0.0
     clips: int = 1
     """Clips of a rank's micro-batch."""
@@ -70,6 +71,10 @@ class Trial:
     cached: bool = False
     """The micro-batch is vectors that a cache holds: the tower is there, and does not run."""
     optimizer: Literal["sgd", "adamw", "sgd8bit", "adamw8bit"] = "sgd"
+    fused: bool = False
+    """Whether the optimizer updates all weights in one kernel."""
+    ema: float = 0.0
+    """Decay of the moving average of the trained weights; 0 keeps none."""
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     fsdp: bool = False
     ds: dict[str, Any] | None = None
@@ -107,12 +112,19 @@ def build_trial(
         tubelet=trial.tubelet,
         temporal_depth=trial.temporal_depth,
         temporal_input=trial.temporal_input,
+        patch_grid=trial.patch_grid,
         droplayer=trial.droplayer,
     )
     clip = ClipConfig(frames=trial.frames, size=trial.size, resize=trial.size)
     batch_size = trial.clips * trial.world * trial.accumulate
     optim = OptimConfig(
-        name=trial.optimizer, batch_size=batch_size, accumulate=trial.accumulate, epochs=1, warmup_epochs=0
+        name=trial.optimizer,
+        batch_size=batch_size,
+        accumulate=trial.accumulate,
+        epochs=1,
+        warmup_epochs=0,
+        fused=trial.fused,
+        ema=trial.ema,
     )
     source = open_source(trial, model_config, fake=fake)
     model: ViViT | ProbeBank
@@ -142,7 +154,7 @@ def build_trial(
 def make_clips(trial: Trial, width: int, compute: torch.dtype, *, fake: bool) -> torch.Tensor:
     """A micro-batch of random clips, or of the vectors a cache would hold in their place."""
     if trial.cached:
-        shape = (trial.clips, trial.frames // trial.tubelet, width)
+        shape = (trial.clips, trial.frames // trial.tubelet, width * (1 + trial.patch_grid**2))
         return (torch.empty if fake else torch.randn)(shape, dtype=compute)
     pixels = (trial.clips, trial.frames, 3, trial.size, trial.size)
     return torch.empty(pixels, dtype=torch.uint8) if fake else torch.randint(256, pixels, dtype=torch.uint8)

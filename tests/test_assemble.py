@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bigvivit.assemble import open_tower
+from bigvivit.assemble import choose_gpu, open_tower
 from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.model.towers import build_tower
 from tests.model.reference import MODELS, draw_images, frame_vectors, load, save
@@ -170,3 +170,14 @@ def test_a_trained_tower_that_was_moved_away_is_missed_by_its_folder(tmp_path: P
     """Not looked for under that name on the hub."""
     with pytest.raises(ConfigError, match=r"stage1/tower is not there: .*; put that folder back where it was"):
         open_tower(config(tmp_path), seed=0, folder=tmp_path / "stage1" / "tower", checksum="0" * 64)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [choose_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=1, but this node has 1 visible GPUs"):
+        choose_gpu(1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as a launcher that shows each rank its own says it
+    assert choose_gpu(3, 1) == 0
+    with pytest.raises(ConfigError, match="start at most 2 ranks"):
+        choose_gpu(2, 2)

@@ -84,12 +84,12 @@ def read_counts(out: Path) -> tuple[int, int]:
     return cache["views_read"], cache["views_computed"]
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("words", [(), ("--memory.compute", "bf16"), ("--model.patch-grid", 2)])
 def test_losses_are_those_of_a_run_without_a_cache(
-    compute: str, videos: Path, runs: Runs, tmp_path: Path, no_videos: Callable[[], None]
+    words: tuple[object, ...], videos: Path, runs: Runs, tmp_path: Path, no_videos: Callable[[], None]
 ) -> None:
     """To the bit, while the cache is filled and after, in training and in validation; then with no video or tower."""
-    data = ["--data.train", write_manifest(videos, "all.csv", range(12)), "--memory.compute", compute]
+    data = ["--data.train", write_manifest(videos, "all.csv", range(12)), *words]
     data += ["--data.val", write_manifest(videos, "val.csv", range(2, 9)), "--save-every", 4]
     run(tmp_path / "without", runs, *data)
     run(tmp_path / "filling", runs, *data, "--data.cache", tmp_path / "cache")

@@ -29,6 +29,7 @@ ANYTHING = {
     "plan",
     "trial",
     "trial_run",
+    "trial_virtual",
     "testing",
     "machine",
     "commands",

@@ -127,6 +127,7 @@ def test_measured_by_the_cpu_allocator(name: str, memory_golden: Callable[..., N
 @pytest.mark.parametrize("name", ["paper", "layer-major"])
 def test_measured_on_cuda(name: str, memory_golden: Callable[..., None], benchmark: Any) -> None:
     """Not run by us: no GPU was here. The first run there says how to record."""
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats()
     trial = build_cell("vit-b", 2, FROZEN[name])
     found = benchmark.pedantic(run_trial, args=(trial, 3, torch.device("cuda")), rounds=1)

@@ -66,6 +66,10 @@ def test_what_is_installed(python: Path, tmp_path: Path) -> None:
     assert (installed / "py.typed").is_file()
     wanted = {path.relative_to(ROOT / "bigvivit") for path in (ROOT / "bigvivit").rglob("*.py")}
     assert {path.relative_to(installed) for path in installed.rglob("*.py")} == wanted
+    sources = "forecast/virtual_gpu/csrc"
+    assert sorted(path.name for path in (installed / sources).iterdir()) == sorted(
+        path.name for path in (ROOT / "bigvivit" / sources).iterdir()
+    )
     assert [path.name for path in installed.parent.iterdir() if path.name in ("tests", "bench", "ds_configs")] == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.frame_capacity import Arguments as CapacityConfig
 from bench.two_stages import readme_table
+from bigvivit.commands.dryrun import DryRunConfig
 from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from bigvivit.data.check import CheckConfig
 from bigvivit.drift import DriftConfig
@@ -187,7 +188,16 @@ def test_every_linked_file_is_there() -> None:
 def test_every_setting_the_readme_names_exists() -> None:
     """Of our own commands; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)}
-    for other in (CapacityConfig, CheckConfig, DriftConfig, EvalConfig, PlanConfig, PredictConfig, ReplayConfig):
+    for other in (
+        CapacityConfig,
+        CheckConfig,
+        DriftConfig,
+        DryRunConfig,
+        EvalConfig,
+        PlanConfig,
+        PredictConfig,
+        ReplayConfig,
+    ):
         known |= {name.replace("_", "-") for name in other.__dataclass_fields__}
     launchers = {"help", "nproc_per_node", "num_gpus", "num_processes", "multi_gpu", "hostfile", "nnodes"}
     launchers |= {"rdzv_backend", "rdzv_id", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"}

@@ -4,7 +4,8 @@
 #   tests/versions.sh lowest|shipped|newest   make that environment, run the default suite in it, keep its result
 #   tests/versions.sh table                   all kept results as a report in bench/results and the table of docs/installation.md
 #   tests/versions.sh short                   lowest versions: import, plan, replay, three training steps on real clips
-#   tests/versions.sh goldens                 record the memory goldens anew, for every torch that is supported
+#   tests/versions.sh goldens                 record the default suite's memory goldens, in the environments that are there and
+#                                             for every torch that is supported; those of slow tests are the shipped versions' own
 #
 # lowest: the lower bounds of pyproject.toml on the oldest Python; shipped: what ./launch.sh installs; newest: the newest
 # of everything on the newest Python. Environments lie in .versions/, 6 GB each. PYTHON=... chooses another interpreter.
@@ -12,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 HERE=$PWD
 OLDEST=(3.10 3.11 3.12) NEWEST=(3.14 3.13 3.12)
-TORCHES=(2.11 2.12 2.13 2.14 2.15)
+TORCHES=(2.11 2.12 2.13 2.14 2.15) # with the newest of all else
 LIMIT=${LIMIT:-1800} # seconds that installing may take: an index that does not answer must not hold anybody up
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -78,13 +79,19 @@ short() {
   "$bin/bigvivit" doctor
 }
 
+record() { # name: the memory goldens of the default suite with an environment's versions
+  PATH="$PWD/.versions/$1/bin:$PATH" ".versions/$1/bin/python" -m pytest -q --update-memory-goldens \
+    -k "take_what or takes_what or measured_by" tests/test_memory_regression.py
+}
+
 goldens() {
-  local torch env=.versions/goldens python; python=$(find_python "${NEWEST[@]}")
-  rm -f tests/memory_goldens.json
+  local torch name python; python=$(find_python "${NEWEST[@]}")
+  for name in lowest shipped newest; do
+    [ ! -x ".versions/$name/bin/python" ] || record "$name"
+  done
   for torch in "${TORCHES[@]}"; do
     make_environment goldens "$python" --upgrade "torch==$torch.*" torchvision --editable '.[test]'
-    PATH="$PWD/$env/bin:$PATH" "$env/bin/python" -m pytest -m "not gpu" --update-memory-goldens \
-      -k "take_what or takes_what or measured_by" tests/test_memory_regression.py
+    record goldens
   done
 }
 

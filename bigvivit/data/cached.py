@@ -206,7 +206,7 @@ class FeatureLoader:
                 self.read += 1
             elif entry.item is not None and (whole or entry.item in fresh.items):
                 found.append(next(computed))
-        pinned = torch.cuda.is_available()
+        pinned = torch.cuda.is_initialized()
         shape = self.store.shape if len(dataset.shape) == 5 else self.store.shape[1:]
         vectors = torch.empty((len(found), *shape), dtype=self.store.dtype, pin_memory=pinned)
         for place, (own, _, _) in enumerate(found):

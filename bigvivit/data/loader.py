@@ -267,7 +267,7 @@ class ClipLoader:
 
     def read_batch(self, count: int, ahead: Iterator[Any]) -> Batch:
         """The next `count` samples. Raises DecodeError where nothing can be read in place of one."""
-        pinned = torch.cuda.is_available()  # from where a GPU copies while it computes
+        pinned = torch.cuda.is_initialized()  # from where a GPU, where this process uses one, copies while it computes
         clips = torch.empty((count, *self.dataset.shape), dtype=torch.uint8, pin_memory=pinned)
         known: list[tuple[int, int, str]] = []
         items: list[Any] = []

@@ -43,12 +43,17 @@ class Verdict:
     @property
     def word(self) -> str:
         """`fits`, `does not fit`, or what lies between."""
-        worst, expected, best = self.fits
-        if worst:
-            return "fits"
-        if expected:
-            return "should fit"
-        return "might fit" if best else "does not fit"
+        return describe_fit(self.fits)
+
+
+def describe_fit(fits: tuple[bool, bool, bool]) -> str:
+    """Whether it fits in the worst, the expected and the best case, in words."""
+    worst, expected, best = fits
+    if worst:
+        return "fits"
+    if expected:
+        return "should fit"
+    return "might fit" if best else "does not fit"
 
 
 def judge(

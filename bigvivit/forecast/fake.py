@@ -40,7 +40,7 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(engine, "DistributedDataParallel", FakeDdp))
         stack.enter_context(patch.object(placement, "write_bytes", lambda file, offset, buffer: None))
         if host:
-            stack.enter_context(patch.object(placement, "to_host", lambda tensor, pinned: on_host(mode, tensor)))
+            stack.enter_context(patch.object(placement, "to_host", lambda tensor: on_host(mode, tensor)))
             stack.enter_context(
                 patch.object(activations, "empty_on_host", lambda tensor, pinned: on_host(mode, tensor))
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -68,7 +69,8 @@ class LocalGpu:
 
 
 def find_local_gpus() -> list[LocalGpu]:
-    """The NVIDIA GPUs of this machine, in NVML's order; raises ConfigError where NVML or the driver is missing."""
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves to programs; raises ConfigError where there are none, or NVML or
+    the driver is missing."""
     try:
         import pynvml
     except ImportError:
@@ -79,10 +81,11 @@ def find_local_gpus() -> list[LocalGpu]:
         raise ConfigError(f"no NVIDIA driver answers on this machine ({error}): name the hardware instead") from None
     gpus = []
     try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        for index in choose_visible([as_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]):
+            handle = handles[index]
             name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name = name.decode() if isinstance(name, bytes) else name
+            name = as_text(name)
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
             total, free = int(memory.total), int(memory.free)
             try:
@@ -98,3 +101,29 @@ def find_local_gpus() -> list[LocalGpu]:
     finally:
         pynvml.nvmlShutdown()
     return gpus
+
+
+def as_text(answer: str | bytes) -> str:
+    """NVML's older bindings answer in bytes."""
+    return answer.decode() if isinstance(answer, bytes) else answer
+
+
+def choose_visible(uuids: list[str]) -> list[int]:
+    """Places, in a machine of these GPUs by bus, of those that CUDA shows to programs, in its order.
+
+    Raises ConfigError where it shows none, or parts of them.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(range(len(uuids)))
+    places = []
+    for word in filter(None, (word.strip() for word in named.split(","))):
+        if word.startswith("MIG"):
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES={named} names a part of a GPU: give its memory by hand instead")
+        found = [index for index, uuid in enumerate(uuids) if word == str(index) or uuid.startswith(word)]
+        if not found:
+            break  # CUDA too reads no further
+        places += found
+    if not places:
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={named} shows programs no GPU: change it, or name the hardware")
+    return places

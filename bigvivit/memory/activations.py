@@ -57,7 +57,7 @@ def keep_on_host(device: torch.device) -> Iterator[None]:
 
     def pack(tensor: Tensor) -> tuple[bool, Tensor]:
         root = tensor._base if tensor._base is not None else tensor
-        if isinstance(root, nn.Parameter) or tensor.numel() == 0:
+        if isinstance(root, nn.Parameter) or tensor.numel() == 0 or tensor.device.type != device.type:
             return False, tensor
         host = empty_on_host(tensor, pinned=device.type == "cuda")
         host.copy_(tensor, non_blocking=True)

@@ -177,7 +177,8 @@ class DdpEngine(PlainEngine):
 
     def __init__(self, module: nn.Module, *parts: Any, device: torch.device, **options: Any) -> None:
         super().__init__(module, *parts, device=device, **options)
-        self.ddp = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+        # Without device_ids, for which DDP would copy whole clips to the device: the tower takes them chunk by chunk.
+        self.ddp = DistributedDataParallel(module)
 
     def __call__(self, clips: Tensor) -> Tensor:
         # DDP decides in its forward whether the backward that follows reduces gradients.

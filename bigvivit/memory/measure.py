@@ -100,8 +100,10 @@ def measure_free(device: torch.device) -> int:
     """Bytes that this process could still take: on CUDA also what PyTorch keeps cached, on the CPU also under its
     limit on data (RLIMIT_DATA), if there is one."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
+        return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
     status = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(status["MemAvailable"].split()[0]) * 1024
     limit = measure_limit()

@@ -12,8 +12,10 @@ import torch
 
 from bigvivit.memory.measure import Peak, measure_free, measure_holes, measure_limit, measure_peak
 
-SAID = ("can't allocate memory", "out of memory", "Cannot allocate memory", "can't start new thread", "std::bad_alloc")
-"""How PyTorch's CPU allocator, the C library, Python's threads and C++ say it, without an exception of their own."""
+SAID = ("can't allocate memory", "out of memory", "Cannot allocate memory", "can't start new thread", "std::bad_alloc",
+        "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")  # fmt: skip
+"""How PyTorch's CPU allocator, the C library, Python's threads, C++ and CUDA's libraries, which take memory of their
+own, say it without an exception of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

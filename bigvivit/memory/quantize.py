@@ -80,11 +80,14 @@ def dequantize(codes: Tensor, scales: Tensor, shape: torch.Size, compute: torch.
 
     if codes.dtype == torch.int8:
         return (codes * (scales / 127).unsqueeze(1)).to(compute)  # bitsandbytes' own is this, with more temporaries
+    # As rows of one block: on CPUs bitsandbytes 0.50 takes every row for the start of a block, and 4,304 values in a
+    # row, as SigLIP So400m has, would be multiplied by other blocks' scales.
+    count = shape.numel()
+    rows = torch.Size([count // NF4_BLOCK, NF4_BLOCK] if count % NF4_BLOCK == 0 else [1, count])
     state = bnb.QuantState(
-        absmax=scales, shape=shape, code=bnb.get_4bit_type("nf4", codes.device), blocksize=NF4_BLOCK,
-        quant_type="nf4", dtype=compute,
-    )  # fmt: skip
-    return bnb.dequantize_4bit(codes, state)
+        absmax=scales, shape=rows, blocksize=NF4_BLOCK, quant_type="nf4", dtype=compute
+    )  # without the table of values, which its kernels have, and which would have to be copied to the device each time
+    return bnb.dequantize_4bit(codes, state).view(shape)
 
 
 @contextmanager

@@ -51,6 +51,8 @@ class StreamedLayer(nn.Module):
 
     def pack(self, storage: Storage) -> Tensor:
         """Give up the parameters. Returns them as they are to be stored: uint8, on the CPU."""
+        if storage == "nf4":
+            self.layer.to(self.device)  # where codes are found much faster; bitsandbytes' int8 takes fp16 alone there
         stored = pack_weights(self.layer, storage)
         self.slots, size = plan_slots(stored)
         buffer = torch.zeros(size, dtype=torch.uint8)
@@ -95,10 +97,26 @@ class StreamedLayer(nn.Module):
     def forward(self, chunks: list[Tensor], fetched: Tensor | None = None, **extras: Any) -> list[Any]:
         """Each chunk through the layer; `chunks` is emptied on the way, so that no chunk is held twice."""
         layer, weights = self.weights(fetched)
+        # Weights are exchanged once for all chunks: each exchange takes as long as starting many kernels does.
+        named = {f"layer.{name}": weight for name, weight in weights.items()}
+        outputs: list[Any] = functional_call(ChunkByChunk(layer, self.device), named, (chunks,), extras)
+        return outputs
+
+
+class ChunkByChunk(nn.Module):
+    """A layer called for one chunk after the other."""
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.layer, self.device = layer, device
+
+    def forward(self, chunks: list[Tensor], **extras: Any) -> list[Any]:
+        """The output of each; `chunks` is emptied on the way."""
         outputs = []
         for _ in range(len(chunks)):
             chunk = chunks.pop(0).to(self.device, non_blocking=True)  # pixels may still be in the host's memory
-            outputs.append(functional_call(layer, weights, (chunk,), extras))
+            outputs.append(self.layer(chunk, **extras))
+            del chunk
         return outputs
 
 
@@ -187,9 +205,13 @@ class FrozenTower(nn.Module):
             return
         order = list(range(len(self.layers) + 2)) * groups
         coming = self.placement.fetch(order[0])
-        for following in order[1:]:
-            here = coming.wait()
-            coming = self.placement.fetch(following)
-            yield here
-            del here
-        yield coming.wait()
+        try:
+            for following in order[1:]:
+                here = coming.wait()
+                coming = self.placement.fetch(following)
+                yield here
+                del here
+            yield coming.wait()
+        except GeneratorExit:
+            coming.wait()  # a forward that failed must not free what is still being written to
+            raise

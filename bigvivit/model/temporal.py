@@ -14,7 +14,7 @@ from bigvivit.model.blocks import TABLE_STD, apply_stochastic_depth
 TemporalInput = Literal["centred", "original"]
 POSITION_STD = {"centred": 2.0, "original": TABLE_STD}
 """Standard deviation of the positions a training begins with: of the size of what they are added to, whose own is 1, or
-order is never learnt. bench/position_size.py compares sizes on the vectors of real clips."""
+order is never learnt. bench/learning_choices.py compares sizes on the vectors of real clips."""
 STILL = 0.02
 """Size of a clip's changes, where its frame vectors have a size of 1, below which they are not made larger: a clip in
 which nothing moves does not become noise."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AutoConfig, PretrainedConfig
@@ -157,7 +158,11 @@ class Embed(nn.Module):
         pixels, dtype = pixels.to(weight.device, non_blocking=True), weight.dtype
         frames = pixels.shape[1] // 3
         # Built here from numbers, so that no buffer has to follow the module from device to device.
-        mean, std = (torch.tensor(rgb * frames, device=pixels.device).view(-1, 1, 1) for rgb in (self.mean, self.std))
+        # Not made on the device, which would have to be waited for.
+        mean, std = (
+            torch.tensor(rgb * frames).view(-1, 1, 1).to(pixels.device, non_blocking=True)
+            for rgb in (self.mean, self.std)
+        )
         first, *others = self.children()
         hidden = first(((pixels / 255 - mean) / std).to(dtype), **self.family.embed_options)
         for part in others:
@@ -172,21 +177,28 @@ class Embed(nn.Module):
 
 
 class Pool(nn.Module):
-    """The last layer's hidden states to one vector per image."""
+    """The last layer's hidden states to one vector per image, followed by its patches, averaged to `grid` x `grid`
+    cells, where that is above 0."""
 
-    def __init__(self, spec: TowerSpec, parts: dict[str, nn.Module]) -> None:
+    def __init__(self, spec: TowerSpec, parts: dict[str, nn.Module], side: int, grid: int) -> None:
+        """`side` is the number of patches along an edge of the image."""
         super().__init__()
-        self.vector = spec.family.vector
+        self.vector, self.side, self.grid = spec.family.vector, side, grid
         for name, part in parts.items():
             self.add_module(name, part)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[n, tokens, width] → [n, width]."""
+        """[n, tokens, width] → [n, width], or [n, (1 + grid²) * width]."""
         norm, *pooler = self.children()
-        if self.vector == "CLS":
+        if self.vector == "CLS" and not self.grid:
             return norm(hidden[:, 0])  # the norm is per token, so the others need none
         hidden = norm(hidden)
-        return pooler[0](hidden) if pooler else hidden.mean(1)
+        vectors = hidden[:, 0] if self.vector == "CLS" else pooler[0](hidden) if pooler else hidden.mean(1)
+        if not self.grid:
+            return vectors
+        patches = hidden[:, -(self.side**2) :].transpose(1, 2).unflatten(2, (self.side, self.side))
+        cells = F.adaptive_avg_pool2d(patches, self.grid).flatten(2).transpose(1, 2)
+        return torch.cat([vectors, cells.flatten(1)], 1)
 
 
 class Tower(nn.Module):
@@ -210,8 +222,9 @@ class Tower(nn.Module):
         return [("embed", self.embed), *layers, ("pool", self.pool)]
 
 
-def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: float) -> Tower:
-    """The tower on the meta device. Raises ValueError for an `image_size`, in pixels, that it cannot take."""
+def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: float, patch_grid: int = 0) -> Tower:
+    """The tower on the meta device. Raises ValueError for an `image_size`, in pixels, that it cannot take, or that has
+    fewer patches along an edge than `patch_grid`."""
     patch = spec.config.patch_size
     if image_size % patch:
         below = image_size // patch * patch
@@ -225,10 +238,16 @@ def build_tower(spec: TowerSpec, *, tubelet: int, image_size: int, droplayer: fl
             f"clip.size={image_size}: tower {spec.name} has positions for images of {spec.config.image_size} pixels, "
             f"and its family has no way of interpolating them; give --clip.size {spec.config.image_size}"
         )
+    side = image_size // patch
+    if patch_grid > side:
+        raise ValueError(
+            f"model.patch_grid={patch_grid}: an image of {image_size} pixels has {side} patches along an edge; give at "
+            f"most that, or larger images"
+        )
     model = build_hf_model(spec, tubelet)
     embed, layers, ends, rotary = take_apart(model) if is_timm(spec.config) else take_hf_apart(model, spec)
     apply_stochastic_depth(layers, droplayer)
-    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends))
+    return Tower(spec, Embed(spec, embed, rotary), layers, Pool(spec, ends, side, patch_grid))
 
 
 def take_hf_apart(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bigvivit.model.adapter import Adapter
 from bigvivit.model.blocks import TABLE_STD, init_weights
+from bigvivit.model.pooling import PatchPooling
 from bigvivit.model.temporal import POSITION_STD, TemporalInput, TemporalTransformer
 from bigvivit.model.towers import Tower
 from bigvivit.model.tubelet import to_tubelets
@@ -17,25 +18,37 @@ VECTORS_NDIM = 3
 
 
 class ViViT(nn.Module):
-    """uint8 clips to logits. `tower` may be replaced by anything that maps uint8 [n, t * 3, h, w] to [n, width]."""
+    """uint8 clips to logits. `tower` may be replaced by anything that maps uint8 [n, t * 3, h, w] to [n, width], or
+    with a `pooling` to what that takes."""
 
     def __init__(
-        self, tower: nn.Module, adapter: Adapter | None, temporal: TemporalTransformer, head: nn.Linear, tubelet: int
+        self,
+        tower: nn.Module,
+        adapter: Adapter | None,
+        temporal: TemporalTransformer,
+        head: nn.Linear,
+        tubelet: int,
+        pooling: PatchPooling | None = None,
     ) -> None:
         super().__init__()
-        self.tower, self.adapter, self.temporal, self.head = tower, adapter, temporal, head
+        self.tower, self.pooling, self.adapter, self.temporal, self.head = tower, pooling, adapter, temporal, head
         self.tubelet = tubelet
 
     def forward(self, clips: Tensor) -> Tensor:
-        """uint8 [b, frames, 3, h, w], or the vectors [b, tubelets, width] that the tower made of them → logits
-        [b, classes]."""
+        """uint8 [b, frames, 3, h, w], or what the tower made of them, [b, tubelets, width] or with patches
+        [b, tubelets, (1 + grid²) * width] → logits [b, classes]."""
         if clips.ndim == VECTORS_NDIM:
             vectors = clips.to(self.head.weight.device, non_blocking=True)
         else:
             vectors = self.tower(to_tubelets(clips, self.tubelet))
         vectors = vectors.view(len(clips), -1, vectors.shape[-1]).to(self.head.weight.dtype)
+        patches = None
+        if self.pooling is not None:
+            vectors, patches = vectors.split([self.pooling.width, vectors.shape[-1] - self.pooling.width], -1)
         if self.temporal.mean_gate is not None:  # towers' vectors differ in size by two orders of magnitude
             vectors = F.layer_norm(vectors, vectors.shape[-1:])
+        if self.pooling is not None:
+            vectors = vectors + self.pooling(patches)
         if self.adapter is not None:
             vectors = self.adapter(vectors)
         return self.head(self.temporal(vectors))
@@ -51,6 +64,7 @@ def build_vivit(
     droplayer: float,
     temporal_input: TemporalInput,
     adapter: bool,
+    patch_grid: int = 0,
     seed: int,
 ) -> ViViT:
     """The model around a tower that may still be on the meta device; all else has its initial weights, on the CPU.
@@ -70,6 +84,7 @@ def build_vivit(
             form=temporal_input,
         )
         head = nn.Linear(spec.width, classes)
+        pooling = PatchPooling(spec.width, spec.heads, spec.mlp, patch_grid) if patch_grid else None
     init_weights(temporal, seed, "temporal")
     with torch.no_grad():
         temporal.position_embeddings.mul_(POSITION_STD[temporal_input] / TABLE_STD)
@@ -79,6 +94,9 @@ def build_vivit(
     if between is not None:
         init_weights(between, seed, "adapter")
         nn.init.zeros_(between.fc2.weight)
+    if pooling is not None:
+        init_weights(pooling, seed, "pooling")
+        nn.init.zeros_(pooling.out.weight)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return ViViT(tower, between, temporal, head, tubelet)
+    return ViViT(tower, between, temporal, head, tubelet, pooling)

@@ -35,8 +35,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             return bitsandbytes.optim.SGD8bit(options, lr=config.lr, momentum=0.9)
         return bitsandbytes.optim.AdamW8bit(options, lr=config.lr)
     if config.name == "sgd":
-        return torch.optim.SGD(options, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(options, lr=config.lr)
+        return torch.optim.SGD(options, lr=config.lr, momentum=0.9, fused=config.fused or None)
+    return torch.optim.AdamW(options, lr=config.lr, fused=config.fused or None)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -66,7 +66,7 @@ def peak_rate(name: str, layers: int, config: OptimConfig) -> float:
     In the tower each layer has `layer_decay` times the rate of the one above: the embedding lies below the first, the
     final norm and pooling above the last (BEiT's schedule, arXiv:2106.08254).
     """
-    part = name.partition(".")[0]
+    part = name.partition(".")[0].replace("pooling", "adapter")  # both are stage 2's own
     rate = getattr(config, f"{part}_lr") if part in PARTS else None
     rate = config.lr if rate is None else rate
     if part == "tower":

@@ -14,7 +14,7 @@ from bigvivit.training.step import LabelledClips
 
 BLIND = 0.05
 """Below this, order is too faint to be learnt: positions that are lost in the vectors give thousandths, those of the
-vectors' size about 1 (bench/position_size.py has both, and what was learnt from them)."""
+vectors' size about 1 (bench/learning_choices.py has both, and what was learnt from them)."""
 
 
 def measure_order(engine: Engine, batches: Sequence[LabelledClips]) -> float | None:

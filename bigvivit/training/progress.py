@@ -32,6 +32,8 @@ FREE = {
     "ds",
     "fsdp",
     "device",
+    "tf32",
+    "optim.fused",
     "memory.placement",
     "memory.group",
     "memory.chunk",

@@ -75,8 +75,8 @@ def write_report(
 ) -> Path:
     """`<bench>_<machine>_<date>.json` and a `.md` table of the same rows; returns the path without its ending.
 
-    Each row says `evidence`, measured or forecast, and carries the unit in each key. Of `settings`, which may also hold
-    what all rows came to, the Markdown shows those that are one value.
+    Each row says `evidence`, measured, virtual or forecast, and carries the unit in each key. Of `settings`, which may
+    also hold what all rows came to, the Markdown shows those that are one value.
     """
     now, machine, versions = datetime.now(timezone.utc), describe_machine(device), read_versions(PACKAGES)
     words = re.sub(r"\(.*?\)|[^a-z0-9]+", " ", f"{machine['device']} {machine['cores']} cores".lower())

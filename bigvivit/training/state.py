@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 def gather_random(rank: int, world: int) -> dict[str, Tensor]:
     """The random states of all ranks, on rank 0. Every rank must call it."""
     own = {f"cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking a GPU that the run does not use would open it
         own[f"cuda.{rank}"] = torch.cuda.get_rng_state()
     if world == 1:
         return own
@@ -25,12 +25,12 @@ def gather_random(rank: int, world: int) -> dict[str, Tensor]:
 def restore_random(states: dict[str, Tensor], *, seed: int, rank: int, world: int) -> None:
     """This rank's random states; with another number of ranks or another device, new ones from the seed."""
     kept = sum(key.startswith("cpu.") for key in states)
-    wanted = {f"cpu.{rank}"} | ({f"cuda.{rank}"} if torch.cuda.is_available() else set())
+    wanted = {f"cpu.{rank}"} | ({f"cuda.{rank}"} if torch.cuda.is_initialized() else set())
     if kept != world or not wanted <= states.keys():
         torch.manual_seed(seed + rank)
         return
     torch.set_rng_state(states[f"cpu.{rank}"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states[f"cuda.{rank}"])
 
 

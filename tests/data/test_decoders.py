@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,12 @@ def test_who_reads_them(name: str, made: Callable[[str], Path]) -> None:
     video = open_video(made(name))
     assert video.decoder == ("pyav" if name in MADE_BY_PYAV else "decord")
     assert video.fps == pytest.approx({"variable.mp4": 2000 / 293, "b_frames.h264": 25}.get(name, 10))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="of Linux alone")
+def test_no_encoder_leaves_its_priority_behind(tmp_path: Path) -> None:
+    write_video(tmp_path / "av1.mp4", 3, codec="libsvtav1")
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize("reader", READERS)

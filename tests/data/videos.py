@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def write_video(
 
     `milliseconds` are the times of the frames, where they are not evenly spaced.
     """
-    with av.open(path, "w") as container:
+    with kept_priority(), av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=rate, options=QUALITY | (options or {}))
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         if milliseconds is not None:
@@ -44,6 +46,20 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@contextmanager
+def kept_priority() -> Iterator[None]:
+    """SVT-AV1 gives the thread that calls it real-time priority where it may, and every process that is started from
+    there later would inherit it and hold back all others."""
+    if not hasattr(os, "sched_getscheduler"):  # of Linux alone
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def rotate_video(path: Path) -> Path:

@@ -142,6 +142,8 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[object, int, int
     answer("nvmlDeviceGetName", lambda handle: gpus[handle][0])
     answer("nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=gpus[handle][1], free=gpus[handle][2]))
     answer("nvmlDeviceGetCudaComputeCapability", lambda handle: (8, 6))
+    answer("nvmlDeviceGetUUID", lambda handle: f"GPU-{handle}{handle}ab")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", module)
     return calls
 
@@ -164,6 +166,24 @@ def test_local_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_free_card_has_no_more_than_programs_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvml(monkeypatch, [("NVIDIA GeForce RTX 3090", 24576 * MiB, 24576 * MiB)])
     assert find_local_gpus()[0].accelerator.memory_bytes == find_accelerator("3090").memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("visible", "places"), [("1", [1]), ("2,0", [2, 0]), ("GPU-11", [1]), ("0,7,1", [0]), (" 2 , 1", [2, 1])]
+)
+def test_only_gpus_that_programs_see(monkeypatch: pytest.MonkeyPatch, visible: str, places: list[int]) -> None:
+    fake_nvml(monkeypatch, [(f"card {number}", 100 * MiB, 100 * MiB) for number in range(3)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.index for gpu in find_local_gpus()] == places
+    assert [gpu.name for gpu in find_local_gpus()] == [f"card {place}" for place in places]
+
+
+@pytest.mark.parametrize(("visible", "words"), [("", "shows programs no GPU"), ("MIG-5", "a part of a GPU")])
+def test_no_whole_gpu_to_see(monkeypatch: pytest.MonkeyPatch, visible: str, words: str) -> None:
+    fake_nvml(monkeypatch, [("card", 100 * MiB, 100 * MiB)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=words):
+        find_local_gpus()
 
 
 @pytest.mark.parametrize("fail", ["nvmlInit", "nvmlDeviceGetMemoryInfo"])

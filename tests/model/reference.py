@@ -82,8 +82,8 @@ def save(model: PreTrainedModel, folder: Path, **options: object) -> PreTrainedM
     return model.eval()
 
 
-def load(spec: TowerSpec, fill: Fill, *, tubelet: int, image_size: int) -> Tower:
-    tower = build_tower(spec, tubelet=tubelet, image_size=image_size, droplayer=0.0)
+def load(spec: TowerSpec, fill: Fill, *, tubelet: int, image_size: int, patch_grid: int = 0) -> Tower:
+    tower = build_tower(spec, tubelet=tubelet, image_size=image_size, droplayer=0.0, patch_grid=patch_grid)
     assert {parameter.device.type for parameter in tower.parameters()} == {"meta"}
     for name, piece in tower.pieces():
         piece.to_empty(device="cpu")
@@ -99,13 +99,28 @@ def draw_images(count: int, channels: int, size: int) -> Tensor:
 
 def frame_vectors(model: PreTrainedModel, spec: TowerSpec, images: Tensor) -> Tensor:
     """What Hugging Face's model makes of uint8 images: the pooled token, the mean or CLS token of its last states."""
-    mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in (spec.mean, spec.std))
-    by_itself = (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, Aimv2VisionModel)
-    options = {} if isinstance(model, by_itself) else {"interpolate_pos_encoding": True}
-    with torch.no_grad():
-        output = model(pixel_values=(images / 255 - mean) / std, **options)
+    output = run_model(model, spec, images)
     if isinstance(model, CLIPVisionModel | SiglipVisionModel):
         return output.pooler_output
     if isinstance(model, IJepaModel | Aimv2VisionModel):
         return output.last_hidden_state.mean(1)
     return output.last_hidden_state[:, 0]
+
+
+def last_states(model: PreTrainedModel, spec: TowerSpec, images: Tensor) -> Tensor:
+    """Every token of the last layer, normalised: CLIP alone leaves that to its pooled token."""
+    states = run_model(model, spec, images).last_hidden_state
+    return (
+        getattr(model, "vision_model", model).post_layernorm(states) if isinstance(model, CLIPVisionModel) else states
+    )
+
+
+@torch.no_grad()
+def run_model(model: PreTrainedModel, spec: TowerSpec, images: Tensor) -> Any:
+    mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in (spec.mean, spec.std))
+    by_itself = (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, Aimv2VisionModel)
+    options: dict[str, Any] = {} if isinstance(model, by_itself) else {"interpolate_pos_encoding": True}
+    if isinstance(model, ViTMAEModel):  # it shuffles its patches by this
+        patches = (images.shape[-1] // model.config.patch_size) ** 2
+        options["noise"] = torch.arange(patches).expand(len(images), -1)
+    return model(pixel_values=(images / 255 - mean) / std, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import Dinov2Model, ResNetConfig, ResNetModel
 from bigvivit.model.catalog import PUBLISHED, SIZES
 from bigvivit.model.towers import TowerSpec, build_tower, resolve_tower
 from bigvivit.model.weights import open_weights
-from tests.model.reference import DEMO, FIXED_SIZE, MODELS, draw_images, frame_vectors, load, save
+from tests.model.reference import DEMO, FIXED_SIZE, MODELS, draw_images, frame_vectors, last_states, load, save
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
@@ -117,6 +118,30 @@ def test_a_family_without_interpolation_says_so(name: str, tmp_path: Path) -> No
     save(MODELS[name](), tmp_path)
     with pytest.raises(ValueError, match=r"clip\.size=48: .* no way of interpolating them; give --clip\.size 32"):
         build_tower(resolve_tower(str(tmp_path)), tubelet=1, image_size=48, droplayer=0.0)
+
+
+@pytest.mark.parametrize("grid", [4, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_patches_beside_the_vector(name: str, grid: int, tmp_path: Path) -> None:
+    """Against Hugging Face's last hidden states, cell by cell."""
+    model = save(MODELS[name](), tmp_path)
+    spec = resolve_tower(str(tmp_path))
+    tower = load(spec, open_weights(spec, tmp_path, 1), tubelet=1, image_size=32, patch_grid=grid)
+    images = draw_images(2, 3, 32)
+    output = tower(images)
+    assert output.shape == (2, (1 + grid**2) * spec.width)
+    torch.testing.assert_close(output[:, : spec.width], frame_vectors(model, spec, images), rtol=1e-4, atol=1e-5)
+    rows = last_states(model, spec, images)[:, -16:].view(2, 4, 4, -1)
+    step = 4 // grid
+    for row, column in itertools.product(range(grid), repeat=2):
+        cell = rows[:, row * step : (row + 1) * step, column * step : (column + 1) * step].mean((1, 2))
+        start = (1 + row * grid + column) * spec.width
+        torch.testing.assert_close(output[:, start : start + spec.width], cell, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_finer_than_the_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"patch_grid=5: an image of 48 pixels has 4 patches"):
+        build_tower(resolve_tower("vit-demo"), tubelet=2, image_size=48, droplayer=0.0, patch_grid=5)
 
 
 def test_rotary_positions_are_not_drawn_while_training(tmp_path: Path) -> None:

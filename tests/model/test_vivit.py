@@ -14,8 +14,8 @@ from bigvivit.model.weights import random_weights
 from tests.model.reference import DEMO
 
 
-def build(*, adapter: bool, seed: int = 0, form: TemporalInput = "centred") -> ViViT:
-    tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0)
+def build(*, adapter: bool, seed: int = 0, form: TemporalInput = "centred", patch_grid: int = 0) -> ViViT:
+    tower = build_tower(DEMO, tubelet=2, image_size=48, droplayer=0.0, patch_grid=patch_grid)
     model = build_vivit(
         tower,
         frames=8,
@@ -25,6 +25,7 @@ def build(*, adapter: bool, seed: int = 0, form: TemporalInput = "centred") -> V
         droplayer=0.0,
         temporal_input=form,
         adapter=adapter,
+        patch_grid=patch_grid,
         seed=seed,
     )
     fill = random_weights(DEMO, seed)
@@ -32,6 +33,25 @@ def build(*, adapter: bool, seed: int = 0, form: TemporalInput = "centred") -> V
         piece.to_empty(device="cpu")
         fill(name, piece)
     return model
+
+
+@pytest.mark.parametrize("form", ["centred", "original"])
+def test_with_patches_training_begins_where_it_would_without(form: TemporalInput) -> None:
+    """And every cell matters as soon as the last matrix is not zero any more."""
+    plain, pooled = build(adapter=True, form=form), build(adapter=True, form=form, patch_grid=2)
+    for model in (plain, pooled):
+        nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pooled(CLIPS), plain(CLIPS))
+    assert pooled.pooling is not None
+    nn.init.normal_(pooled.pooling.out.weight)
+    vectors = pooled.tower(CLIPS.view(8, 6, 48, 48)).view(2, 4, -1)
+    torch.testing.assert_close(pooled(vectors), pooled(CLIPS))
+    own, cells = vectors[..., :128], vectors[..., 128:].unflatten(-1, (4, 128))
+    for cell in range(4):
+        changed = cells.clone()
+        changed[:, :, cell] = -changed[:, :, cell]
+        changed = torch.cat([own, changed.flatten(-2)], -1)
+        assert not torch.allclose(pooled(changed), pooled(CLIPS), atol=1e-2)
 
 
 CLIPS = torch.randint(256, (2, 8, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

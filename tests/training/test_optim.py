@@ -114,3 +114,21 @@ def test_what_is_frozen_is_not_held() -> None:
     model["temporal"].requires_grad_(False)
     held = {id(p) for group in build_optimizer(model, OptimConfig()).param_groups for p in group["params"]}
     assert held == {id(p) for key in ("adapter", "head") for p in model[key].parameters()}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_fused_optimizer_does_the_same(name: Any) -> None:
+    ends = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.01, weight_decay=0.1, fused=fused))
+        assert bool(optimizer.defaults["fused"]) == fused
+        for _ in range(3):
+            model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1])
+    with pytest.raises(ConfigError, match="leave it out"):
+        OptimConfig(name=f"{name}8bit", fused=True)  # type: ignore[arg-type]

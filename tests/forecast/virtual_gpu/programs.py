@@ -188,6 +188,18 @@ def read_values() -> dict[str, Any]:
     }
 
 
+def generation_ends(finished: bool) -> bool:
+    """How transformers' generation sees whether all sequences are finished: by length, or by a token not known."""
+    import torch
+
+    device = "cuda"
+    unfinished = torch.ones(2, dtype=torch.long, device=device)
+    at_length = torch.full((2,), finished, dtype=torch.bool, device=device)
+    ended = torch.isin(torch.randint(0, 9, (2,), device=device), torch.tensor([7], device=device))
+    unfinished = unfinished & ~(at_length | ended)
+    return bool(unfinished.max() == 0)
+
+
 def reuse_memory() -> float:
     """What a fresh tensor reads as where an uploaded one was."""
     import torch
@@ -342,3 +354,23 @@ def ends() -> None:
 
     print("last words", file=sys.stderr, flush=True)
     os._exit(3)
+
+
+def shard_alone(world: int) -> tuple[int, int]:
+    """(bytes that one rank of `world` keeps of a sharded layer, those of the layer): a fake process group."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=world)
+    before = torch.cuda.memory_allocated()
+    layer = torch.nn.Linear(4096, 4096, bias=False, device="cuda")
+    whole = torch.cuda.memory_allocated() - before
+    fully_shard(layer)
+    layer(torch.ones(8, 4096, device="cuda")).sum().backward()
+    layer.zero_grad()
+    torch.cuda.synchronize()
+    kept = sum(parameter.to_local().untyped_storage().nbytes() for parameter in layer.parameters())
+    dist.destroy_process_group()
+    return kept, whole

@@ -37,6 +37,12 @@ def test_conditions_on_known_values_are_computed(values: dict[str, Any]) -> None
     assert (values["nonzero of a known mask"], values["sum of integers"]) == (3, 15)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_generation_ends_at_its_length(card: Callable[[str], Any], finished: bool) -> None:
+    """A condition that decides alone does so beside one that no kernel computed."""
+    assert card("A100 80GB").call(programs.generation_ends, finished) == finished
+
+
 def test_an_unknown_mask_takes_all(values: dict[str, Any]) -> None:
     assert values["nonzero of an unknown one"] == 10
 

@@ -2,11 +2,14 @@
  * object arrives.
  *
  * Understood by name: (in)equality of integers and booleans with a number, order of two tensors of 64-bit integers, casts
- * to boolean, not, and, or, whether all or any of a whole tensor holds, additions and sums of 64-bit integers; operands in one piece, and known whole (values.c). What is not understood is unknown.
+ * to boolean, not, and, or, whether all or any of a whole tensor holds, additions, sums and maxima of 64-bit integers;
+ * operands in one piece, and known whole (values.c). What is not understood is unknown.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
 #include <string.h>
+
+enum { BYTE = 0, CHAR = 1, SHORT = 2, INT = 3, LONG = 4, BOOLEAN = 11 }; /* c10::ScalarType */
 
 static int contains(const char *name, const char *part) { return strstr(name, part) != NULL; }
 
@@ -33,6 +36,10 @@ enum kernel_kind kind_of_condition(const char *name) {
         if (contains(name, "or_kernel_cuda")) return ANY;
     }
     if (contains(name, "reduce_kernel") && contains(name, "func_wrapper_tIlZNS0_11sum_functorIlllE")) return ADDS_UP;
+    if (contains(name, "reduce_kernel") && contains(name, "func_wrapper_tIlNS0_13MaxNanFunctorIlE")) return FINDS_MOST;
+    if (contains(name, "unrolled_elementwise_kernel") && contains(name, "BitwiseAndFunctorIlE") &&
+        contains(name, "LoadWithCastILi2E"))
+        return MASKS;
     return OTHER;
 }
 
@@ -101,7 +108,6 @@ static void add(enum kernel_kind kind, void **arguments) {
 
 /* (count, function, {output, input}, offsets, offsets, {input's type, its size}, {output's type, its size}) */
 static void cast(void **arguments) {
-    enum { BYTE = 0, CHAR = 1, SHORT = 2, INT = 3, LONG = 4, BOOLEAN = 11 };
     static const size_t sizes[] = {[BYTE] = 1, [CHAR] = 1, [SHORT] = 2, [INT] = 4, [LONG] = 8};
     size_t count = (size_t)*(int *)arguments[0];
     const uint64_t *pointers = arguments[2];
@@ -114,15 +120,47 @@ static void cast(void **arguments) {
     free(input);
 }
 
-/* (count, function, {output, one input or two}) */
+/* A whole tensor of 64-bit integers or booleans as integers, or NULL. */
+static int64_t *known_integers(uint64_t address, int type, size_t count) {
+    size_t size = type == LONG ? 8 : type == BOOLEAN ? 1 : 0;
+    char *bytes = size ? known_whole(address, count * size) : NULL;
+    int64_t *integers = bytes ? malloc(count * sizeof *integers) : NULL;
+    for (size_t i = 0; integers && i < count; i++) integers[i] = size == 8 ? ((int64_t *)bytes)[i] : bytes[i];
+    free(bytes);
+    return integers;
+}
+
+/* (count, function, {output, two inputs}, offsets, offsets, {inputs' types}, {output's type}): the bitwise and of integers
+ * and booleans. Where one is not known and the other is zero, so is the result. */
+static void mask(void **arguments) {
+    size_t count = (size_t)*(int *)arguments[0];
+    const uint64_t *pointers = arguments[2];
+    const signed char *from = arguments[5], *to = arguments[6];
+    int64_t *first = known_integers(pointers[1], from[0], count), *second = known_integers(pointers[2], from[1], count);
+    int64_t *known = first ? first : second, set = 0;
+    for (size_t i = 0; known && i < count; i++) {
+        if (first && second) first[i] &= second[i];
+        set |= known[i];
+    }
+    if (*to == LONG && known && ((first && second) || !set)) set_values(pointers[0], known, 8 * count);
+    else forget_values(pointers[0], (*to == LONG ? 8 : 1) * count);
+    free(first);
+    free(second);
+}
+
+/* (count, function, {output, one input or two}); a condition that decides alone does so beside one that is not known */
 static void combine(enum kernel_kind kind, void **arguments) {
     size_t count = (size_t)*(int *)arguments[0];
     const uint64_t *pointers = arguments[2];
     char *first = known_whole(pointers[1], count);
     char *second = kind == NEGATES ? NULL : known_whole(pointers[2], count);
-    char *result = first && (second || kind == NEGATES) ? malloc(count) : NULL;
+    const char *a = first ? first : second, *b = second ? second : first;
+    char *result = a ? malloc(count) : NULL;
+    int decided = kind == NEGATES || (first && second);
     for (size_t i = 0; result && i < count; i++)
-        result[i] = kind == NEGATES ? !first[i] : kind == BOTH ? first[i] && second[i] : first[i] || second[i];
+        result[i] = kind == NEGATES ? !a[i] : kind == BOTH ? a[i] && b[i] : a[i] || b[i];
+    if (result && !decided) decided = !memchr(result, kind == BOTH, count); /* all false, or all true */
+    if (!decided) free(result), result = NULL;
     put(pointers[0], result, count);
     free(first);
     free(second);
@@ -131,7 +169,7 @@ static void combine(enum kernel_kind kind, void **arguments) {
 /* ReduceOp of aten/src/ATen/native/cuda/Reduce.cuh: operation and identity; the configuration, which begins with {int
  * element size, inputs, outputs}; two calculators of offsets; input; output. As in torch 2.11 to 2.15. */
 static void reduce(enum kernel_kind kind, void **arguments) {
-    size_t size = kind == ADDS_UP ? 8 : 1;
+    size_t size = kind == ADDS_UP || kind == FINDS_MOST ? 8 : 1;
     const int *configuration = (const int *)((const char *)arguments[0] + (size == 8 ? 16 : 4));
     const uint64_t *pointers = (const uint64_t *)((const char *)arguments[0] + (size == 8 ? 992 : 976));
     struct range from, to;
@@ -143,8 +181,13 @@ static void reduce(enum kernel_kind kind, void **arguments) {
         forget_values(pointers[1], size);
         return;
     }
-    int64_t sum = 0;
-    for (size_t i = 0; i < count; i++) sum += size == 8 ? ((int64_t *)input)[i] : input[i] != 0;
+    int64_t sum = 0, most = INT64_MIN;
+    for (size_t i = 0; i < count; i++) {
+        int64_t value = size == 8 ? ((int64_t *)input)[i] : input[i] != 0;
+        sum += value;
+        if (value > most) most = value;
+    }
+    if (kind == FINDS_MOST) sum = most;
     char condition = kind == ALL ? sum == (int64_t)count : sum > 0;
     set_values(pointers[1], size == 8 ? (void *)&sum : (void *)&condition, size);
     free(input);
@@ -154,7 +197,8 @@ void compute_condition(enum kernel_kind kind, const char *name, void **arguments
     if (kind == COMPARES) compare(name, arguments);
     else if (kind == ORDERS) order(arguments);
     else if (kind == ADDS || kind == ADDS_NUMBER) add(kind, arguments);
+    else if (kind == MASKS) mask(arguments);
     else if (kind == CASTS_TO_BOOLEAN) cast(arguments);
-    else if (kind == ALL || kind == ANY || kind == ADDS_UP) reduce(kind, arguments);
+    else if (kind == ALL || kind == ANY || kind == ADDS_UP || kind == FINDS_MOST) reduce(kind, arguments);
     else combine(kind, arguments);
 }

@@ -107,7 +107,7 @@ int launch(const void *function, void **arguments, unsigned rows, void *stream);
 /* results.c */
 enum kernel_kind {
     NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP,
-    COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, /* conditions.c */
+    COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, FINDS_MOST, MASKS, /* conditions.c */
 };
 enum kernel_kind kind_of_kernel(const char *mangled);
 void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments, unsigned rows);
