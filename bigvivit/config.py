@@ -94,6 +94,11 @@ class ClipConfig:
             raise ConfigError(f"clip.fps={self.fps} is not a number of frames per second above 0")
         if self.fps is not None and self.stride is not None:
             raise ConfigError(f"clip.stride={self.stride} and clip.fps={self.fps} both set a distance: leave one out")
+        if self.short == "loop" and self.fps is None and self.stride is None:
+            raise ConfigError(
+                "clip.short=loop is for clips by clip.stride or clip.fps: without them a clip spans the whole video, "
+                "however short; give one, or leave it out"
+            )
         if self.resize < self.size:
             raise ConfigError(
                 f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "

@@ -49,6 +49,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (EvalConfig, {"runs": (Path("r"),), "manifest": Path("m"), "workers": -2}, r"workers=-2 must not be negative"),
     (train_config, {"log_every": 0}, r"log_every=0"),
     (ClipConfig, {"frames": 8, "stride": 2, "fps": 4.0}, r"clip\.stride=2 and clip\.fps=4\.0 both set a distance"),
+    (ClipConfig, {"frames": 8, "short": "loop"}, r"clip\.short=loop is for clips by clip\.stride or clip\.fps"),
     (ClipConfig, {"frames": 8, "fps": -1.0}, r"clip\.fps=-1\.0 is not a number of frames per second above 0"),
     (OptimConfig, {"head_lr": 0.0}, r"optim\.head_lr=0\.0 must be a number above 0"),
     (OptimConfig, {"steps": 0}, r"optim\.steps=0 must be at least 1"),
