@@ -20,7 +20,8 @@ vectors' size about 1 (bench/learning_choices.py has both, and what was learnt f
 def measure_order(engine: Engine, batches: Sequence[LabelledClips]) -> float | None:
     """How much reversing its frames changes what leaves a clip's temporal transformer, over how much another clip does.
 
-    Over the clips of these micro-batches on all ranks; every rank must call it. None where no two of them differ, or there is one only; 0 where nothing moves in any.
+    Over the clips of these micro-batches on all ranks; every rank must call it. None where no two of them differ, or
+    there is one only; 0 where nothing moves in any.
     """
     forward = [pool_clips(engine, batch.clips) for batch in batches]
     backward = [pool_clips(engine, batch.clips.flip(1)) for batch in batches]
