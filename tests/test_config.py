@@ -47,6 +47,12 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (OptimConfig, {"label_smoothing": 1.0}, r"optim\.label_smoothing=1\.0"),
     (EvalConfig, {"runs": (Path("r"),), "manifest": Path("m"), "views": 0}, r"views=0 must be at least 1"),
     (EvalConfig, {"runs": (Path("r"),), "manifest": Path("m"), "workers": -2}, r"workers=-2 must not be negative"),
+    (EvalConfig, {"runs": (Path("r"),), "manifest": Path("m"), "cache": Path(__file__)}, r"cache=.*is not a folder"),
+    (
+        train_config,
+        {"stage": 2, "data": DataConfig(train=Path("x"), cache=Path(__file__, "sub"))},
+        r"data\.cache=.*sub: .*test_config\.py is not a folder",
+    ),
     (train_config, {"log_every": 0}, r"log_every=0"),
     (ClipConfig, {"frames": 8, "stride": 2, "fps": 4.0}, r"clip\.stride=2 and clip\.fps=4\.0 both set a distance"),
     (ClipConfig, {"frames": 8, "short": "loop"}, r"clip\.short=loop is for clips by clip\.stride or clip\.fps"),
