@@ -145,8 +145,8 @@ def move_tower(trial: Trial, *, host: bool) -> list[Trial]:
 
 
 def take_codes_for_states(trial: Trial) -> list[Trial]:
-    """The 8-bit form of the optimizer."""
-    if trial.fsdp or trial.optimizer.endswith("8bit"):
+    """The 8-bit form of the optimizer, which PyTorch's fused kernels have not."""
+    if trial.fsdp or trial.fused or trial.optimizer.endswith("8bit"):
         return []
     return change(trial, {"optimizer": f"{trial.optimizer}8bit"})
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -94,6 +95,11 @@ class ClipConfig:
             raise ConfigError(f"clip.fps={self.fps} is not a number of frames per second above 0")
         if self.fps is not None and self.stride is not None:
             raise ConfigError(f"clip.stride={self.stride} and clip.fps={self.fps} both set a distance: leave one out")
+        if self.short == "loop" and self.fps is None and self.stride is None:
+            raise ConfigError(
+                "clip.short=loop is for clips by clip.stride or clip.fps: without them a clip spans the whole video, "
+                "however short; give one, or leave it out"
+            )
         if self.resize < self.size:
             raise ConfigError(
                 f"clip.resize={self.resize} is below clip.size={self.size}: the crop would not fit; "
@@ -383,8 +389,16 @@ def check_cache(config: TrainConfig) -> None:
     if config.stage == 1:
         raise ConfigError(f"data.cache={folder} keeps a frozen tower's vectors, and stage 1 trains it: leave it out")
     assert folder is not None
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"data.cache={folder} is not a folder: give another")
+    check_folder("data.cache", folder)
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise where this folder, the value of a setting, can be neither written nor made."""
+    existing = next(there for there in (folder, *folder.absolute().parents) if os.path.lexists(there))
+    if not os.path.isdir(existing):
+        raise ConfigError(f"{name}={folder}: {existing} is not a folder; give another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}={folder}: no permission to write in {existing}; give another folder")
 
 
 def check_probe(config: TrainConfig) -> None:
@@ -496,3 +510,5 @@ class EvalConfig:
             raise ConfigError(f"workers={self.workers} must not be negative")
         if not self.runs:
             raise ConfigError("no run is given: name the folder of at least one")
+        if self.cache is not None:
+            check_folder("cache", self.cache)

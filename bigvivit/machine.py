@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ SAMPLES = {
 def gather_facts() -> dict[str, Any]:
     """Everything, as plain data for JSON. Takes some seconds: each optional package is imported once."""
     installed = [name for name in PACKAGES if has_package(name)]
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = os.devnull  # without a folder to write in there are no samples, and no decoder that reads them
+        with suppress(FileNotFoundError):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
         names = ["cpu", "cuda", "links", "samples", *(f"decoder:{name}" for name in ("decord", "pyav", "torchcodec"))]
         answers = ask([*(f"import:{name}" for name in installed), *names], folder)
     return {
@@ -64,7 +67,10 @@ def gather_facts() -> dict[str, Any]:
 
 def hide_home(path: Path) -> str:
     """A path without the name of its user, for reports that are published."""
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+    home = Path("~")
+    with suppress(RuntimeError):  # a user whom the system does not know, as in containers
+        home = home.expanduser()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def count_cores() -> int:
@@ -121,12 +127,16 @@ def read_memory() -> dict[str, int | None]:
 def disks() -> dict[str, Path]:
     """Folders that fill up: where a run is written by default, downloaded towers, and temporary files."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return {"here": Path.cwd(), "downloads": Path(home).expanduser(), "temporary": Path(tempfile.gettempdir())}
+    temporary = os.environ.get("TMPDIR") or "/tmp"
+    with suppress(FileNotFoundError):  # no folder that can be written
+        temporary = tempfile.gettempdir()
+    # Not Path's: who has no home downloads into a folder named ~, as the library does.
+    return {"here": Path.cwd(), "downloads": Path(os.path.expanduser(home)), "temporary": Path(temporary)}
 
 
 def read_disk(path: Path) -> dict[str, Any]:
     """Free bytes where this folder is or would be made, and whether it can be written."""
-    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    there = next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # False where none may look
     free = shutil.disk_usage(there).free
     return {"path": hide_home(path), "free_bytes": free, "writable": os.access(there, os.W_OK | os.X_OK)}
 

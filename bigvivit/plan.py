@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -243,7 +243,7 @@ def to_json(
             "host_peak_bytes": verdict.trace.peak_bytes("host"),
             "composition_bytes": verdict.trace.composition(),
         }
-    return {**found, "settings": json.loads(json.dumps(replace(config, ds=config.ds).__dict__, default=str))}
+    return {**found, "settings": json.loads(json.dumps(asdict(config), default=str))}
 
 
 def name_cases(values: tuple[Any, Any, Any]) -> dict[str, Any]:

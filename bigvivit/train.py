@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bigvivit.config import ConfigError, TrainConfig, check_frames, resolve_model
+from bigvivit.config import ConfigError, TrainConfig, check_folder, check_frames, resolve_model
 from bigvivit.data.manifest import Manifest, read_manifest
 from bigvivit.memory.ds_json import micro_batch_size, read_ds_json, zero_stage
 from bigvivit.memory.ranks import rank_and_world, start_process_group, tell_once
@@ -133,11 +133,7 @@ def check_out(out: Path) -> None:
     """Raise where a run cannot be written."""
     if (out / HEADER).exists():
         raise ConfigError(f"out={out} holds a finished run: give another folder, or delete that one")
-    existing = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
-    if not existing.is_dir():
-        raise ConfigError(f"out={out}: {existing} is not a folder; give another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"out={out}: no permission to write in {existing}; give another folder")
+    check_folder("out", out)
 
 
 def run_stage(job: Job, stop: StopSignal, work: Callable[..., bool] | None = None) -> None:

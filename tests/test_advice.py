@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from bigvivit.advice import PLAN, TRAIN, Room, ask_for_advice, build_levers, fit, suggest, words
-from bigvivit.config import TrainConfig
+from bigvivit.config import OptimConfig, TrainConfig
 from bigvivit.forecast.advisor import Forecast
 from bigvivit.memory.ds_json import micro_batch_size
 from bigvivit.memory.plan import MemoryPlan
@@ -78,6 +78,14 @@ def test_nothing_is_moved_to_a_host_that_is_the_device() -> None:
     for _, option in every_option(host=False):
         assert option.plan.placement in ("device", "disk")
         assert not option.plan.offload_activations
+
+
+def test_every_option_can_be_trained() -> None:
+    """An option that is refused only where it is built would end all advice."""
+    for trial in (Trial(stage=2, fused=True, **SMALL), Trial(stage=1, fused=True, ema=0.9, **SMALL)):
+        for lever in build_levers(host=True):
+            for option in lever.options(trial):
+                OptimConfig(name=option.optimizer, fused=option.fused, ema=option.ema)
 
 
 def sizes(composition: list[str]) -> dict[str, int]:

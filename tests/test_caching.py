@@ -265,7 +265,10 @@ def test_a_killed_fill_goes_on(videos: Path, runs: Runs, tmp_path: Path) -> None
     [
         (["--stage", 1, "--model.tower", "vit-demo"], "keeps a frozen tower's vectors, and stage 1 trains it"),
         (["--stage", 2, "--init-from", "x", "--data.cache-views", 0], "data.cache_views=0 must be at least 1"),
-        (["--stage", 2, "--init-from", "x", "--data.cache", "README.md"], "data.cache=README.md is not a folder"),
+        (
+            ["--stage", 2, "--init-from", "x", "--data.cache", "README.md"],
+            "data.cache=README.md: README.md is not a folder",
+        ),
     ],
 )
 def test_wrong_settings(arguments: list[object], message: str, tmp_path: Path) -> None:

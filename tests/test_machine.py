@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -111,6 +114,35 @@ def test_reports_do_not_name_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert machine.hide_home(tmp_path / "env" / "bin") == "~/env/bin"
     assert machine.hide_home(Path("/opt/env")) == "/opt/env"
+
+
+def test_a_user_whom_the_system_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Containers run as any number, without a home."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    assert machine.hide_home(Path("/opt/env")) == "/opt/env"
+    found = machine.read_disk(machine.disks()["downloads"])
+    assert (found["path"], found["writable"]) == ("~/.cache/huggingface", True)
+
+
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setattr(machine, "ask", lambda names, folder: {name: {"folder": folder} for name in names})
+    monkeypatch.setenv("TMPDIR", "/nowhere/tmp")
+    found = machine.gather_facts()
+    assert found["samples"] == {"folder": os.devnull}
+    assert found["disks"]["temporary"]["path"] == "/nowhere/tmp"
+    assert machine.probe_samples(os.devnull, "") == {"written": []}
+    assert machine.probe_decoder(os.devnull, "pyav")["reads"] == []
 
 
 def test_a_disk_that_is_not_there_yet(tmp_path: Path) -> None:

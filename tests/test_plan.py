@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from bigvivit.forecast.snapshot import read_trace
+from bigvivit.plan import PlanConfig, find_hardware, to_json
+from bigvivit.trial_virtual import VirtualStep, VirtualVerdict
 from bigvivit.units import MiB
 from tests.launching import call
 
@@ -97,6 +99,15 @@ def test_a_card_of_the_table_runs_on_a_virtual_gpu() -> None:
     assert found["peak_bytes"] == pytest.approx(found["trace"]["peak_bytes"], rel=0.1)
     several = plan(*words, "--ranks", "2", "--fsdp").stdout
     assert "not run on a virtual GPU: one process stands for one of several ranks" in several
+
+
+def test_settings_are_for_programs_too() -> None:
+    config = PlanConfig(tower="vit-b", frames=8, hardware="24GiB", ds=Path("zero3"))
+    verdict = VirtualVerdict(VirtualStep(1, 2, None), (True, True, True), (1, 2, 3))
+    settings = to_json(config, find_hardware("24GiB"), None, verdict)["settings"]
+    assert settings["memory"]["storage"] == "bf16"
+    assert settings["probe"] == {"lr": [], "weight_decay": [], "depth": []}
+    assert settings["ds"] == "zero3"
 
 
 @pytest.mark.slow

@@ -100,6 +100,9 @@ def judge_gpus(facts: dict[str, Any]) -> Iterator[Finding]:
         else:
             what = f"the driver {facts['nvml']['driver']} has {len(driver)} GPU(s), and PyTorch finds none"
             fix = f"install a driver for CUDA {cuda['built_for']}, or PyTorch for an older CUDA"
+            if shown is not None:  # a word that names no GPU, and all after it, is passed over without a message
+                what += f" under CUDA_VISIBLE_DEVICES={shown!r}"
+                fix = f"unset CUDA_VISIBLE_DEVICES; if there are still none, {fix}"
             yield Finding("fails", f"{what} ({cuda['error']})", fix)
     elif gpus and facts["nvml"]["error"]:
         what = f"NVML does not answer ({facts['nvml']['error']}): reports lack what all programs use of a GPU"

@@ -94,7 +94,8 @@ def train(
 
     `save(step, scores of a validation)` is called on every rank after each `save_every` steps but the last, and after
     the step at which `stop(step)` says so, the last then. Validation comes before each save and at the end; the last
-    step is also the one at which `patience` runs out. Raises NonFiniteError, and TooManyFailuresError.
+    step is also the one at which `patience` runs out, so with it each step that is saved is logged. Raises
+    NonFiniteError, and TooManyFailuresError.
     """
     engine.module.train()
     losses: list[torch.Tensor] = []
@@ -121,7 +122,8 @@ def train(
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
-        if step % log_every == 0 or step == steps:
+        due = save_every > 0 and step % save_every == 0
+        if step % log_every == 0 or step == steps or (due and patience is not None and patience.patience):
             mean = torch.stack(losses).mean(0).view(-1)
             *means, failed = mean_over_ranks(torch.cat([mean, mean.new_tensor([len(failures.pending)])]))
             losses.clear()
@@ -144,7 +146,7 @@ def train(
                     **{f"heads.{n}.loss": loss for n, loss in enumerate(means) if len(means) > 1 and loss == loss},
                 }
                 metrics.report(record)
-        stopping, due = stop is not None and stop(step), save_every > 0 and step % save_every == 0
+        stopping = stop is not None and stop(step)
         if val_loader is not None and (step == steps or (due and not stopping)):  # who stops a run does not wait for it
             with engine.averaged():
                 scores = validate(engine, val_loader)

@@ -20,16 +20,18 @@ vectors' size about 1 (bench/learning_choices.py has both, and what was learnt f
 def measure_order(engine: Engine, batches: Sequence[LabelledClips]) -> float | None:
     """How much reversing its frames changes what leaves a clip's temporal transformer, over how much another clip does.
 
-    Over the clips of these micro-batches on all ranks; every rank must call it. None where they hold one clip.
+    Over the clips of these micro-batches on all ranks; every rank must call it. None where no two of them differ, or
+    there is one only; 0 where nothing moves in any.
     """
     forward = [pool_clips(engine, batch.clips) for batch in batches]
     backward = [pool_clips(engine, batch.clips.flip(1)) for batch in batches]
     everyone = gather_over_ranks((torch.cat(forward), torch.cat(backward)))
     pooled, reversed_ = (torch.cat(part) for part in zip(*everyone, strict=True))
-    if len(pooled) < 2:
-        return None
-    others = torch.pdist(pooled).mean()
-    return float((pooled - reversed_).norm(dim=1).mean() / others)
+    change = float((pooled - reversed_).norm(dim=1).mean())
+    others = float(torch.pdist(pooled).mean()) if len(pooled) > 1 else 0.0
+    if others == 0:
+        return 0.0 if change == 0 and len(pooled) > 1 else None
+    return change / others
 
 
 def pool_clips(engine: Engine, clips: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def pool_clips(engine: Engine, clips: Tensor) -> Tensor:
 def describe_order(change: float | None) -> str:
     """A line for the log; a warning where order is out of sight."""
     if change is None:
-        return "order: not measured, as the first step holds one clip"
+        return "order: not measured, as the first step does not hold two clips that differ"
     line = f"order: a clip's reversal changes the temporal output {change:.2g} times as much as another clip"
     if change >= BLIND:
         return line

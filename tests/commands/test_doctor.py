@@ -88,6 +88,13 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
         "lacks",
         "CUDA_VISIBLE_DEVICES='' hides all 2 GPUs",
     ),
+    "wrongly shown": (
+        lambda facts: facts.update(
+            cuda={**facts["cuda"], "gpus": [], "error": "No CUDA GPUs are available"}, cuda_visible_devices="gpu0"
+        ),
+        "fails",
+        "finds none under CUDA_VISIBLE_DEVICES='gpu0' .No CUDA.*: unset CUDA_VISIBLE_DEVICES; if there are still none",
+    ),
     "fewer": (lambda facts: facts["cuda"]["gpus"].pop(), "lacks", "the driver has 2 GPUs and PyTorch finds 1"),
     "no NVML": (lambda facts: facts["nvml"].update(gpus=[], error="mismatch"), "lacks", "does not answer .mismatch"),
     "old card": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from bigvivit.config import OptimConfig
 from bigvivit.training.failed_clips import Failures
 from bigvivit.training.loop import NonFiniteError, micro_batches, train
 from bigvivit.training.metrics import MetricsLog
+from bigvivit.training.patience import Patience
 from tests.memory.test_engine import batches, build_engine
 
 
@@ -83,6 +85,15 @@ def test_the_loss_of_a_record_is_the_mean_since_the_last(tmp_path: Path) -> None
 
     each = torch.tensor(run(1))
     assert run(4) == pytest.approx([each[:4].mean().item(), each[4:].mean().item()], abs=1e-6)
+
+
+def test_a_run_that_ends_early_has_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigvivit.training.loop.validate", lambda engine, loader: {"val_top1": 0.5, "val_loss": 1.0})
+    optim = OptimConfig(lr=0.5, batch_size=8, accumulate=2, epochs=4, warmup_epochs=0)
+    parts = {"metrics": None, "failures": no_failures(), "val_loader": Loader(), "patience": Patience(1)}
+    result = train(build_engine(optim, 3), Loader(), optim, steps=12, log_every=50, save_every=2, **parts)
+    assert result.steps == 4
+    assert math.isfinite(result.loss)
 
 
 def test_clips_of_the_ranks_whose_loss_is_no_number() -> None:

@@ -58,6 +58,16 @@ def test_one_clip_cannot_be_compared() -> None:
     assert "not measured" in describe_order(change)
 
 
+def test_clips_that_do_not_differ() -> None:
+    """One of a repeated frame looks like all others of its kind once its mean is off: 0, and not 0 / 0."""
+    still = [SimpleNamespace(clips=torch.zeros(3, 6, 5))]
+    change = measure_order(Engine(Weighted(1.0)), still)  # type: ignore[arg-type]
+    assert change == 0
+    assert "of one repeated frame" in describe_order(change)
+    same = [SimpleNamespace(clips=batches(1, 1)[0].clips.expand(3, -1, -1))]
+    assert measure_order(Engine(Weighted(1.0)), same) is None  # type: ignore[arg-type]
+
+
 def test_the_model_is_as_before() -> None:
     engine = Engine(nn.Sequential(Weighted(1.0), nn.Dropout()))
     engine.module.train()

@@ -81,10 +81,16 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """BIGVIVIT_CACHE, else bigvivit in XDG_CACHE_HOME or ~/.cache."""
+    """BIGVIVIT_CACHE, else bigvivit in XDG_CACHE_HOME or ~/.cache. Raises ConfigError for a user without a home."""
     if os.environ.get("BIGVIVIT_CACHE"):
         return Path(os.environ["BIGVIVIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigvivit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigvivit"
+    except RuntimeError:  # as containers have them
+        raise ConfigError(
+            f"a virtual GPU is compiled into a folder in your home, and this user has none: set BIGVIVIT_CACHE to a "
+            f"folder; {ELSE}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def build_library() -> Library:
         digest.update(path.read_bytes())
     name = f"torch-{torch.version}-cuda-{torch.cuda}-{platform.machine()}-{digest.hexdigest()[:16]}"
     folder = cache_folder() / "virtual_gpu" / name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False where none may look: Path's raises
         compile_into(folder, torch)
     known = tuple(map(int, (folder / ARCHITECTURES).read_text().split()))
     return Library(folder / LIBRARY, known, f"{torch.version} with CUDA {torch.cuda}")

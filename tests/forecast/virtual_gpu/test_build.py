@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -99,3 +100,14 @@ def test_every_symbol_that_pytorch_needs_is_answered_or_named(library: str) -> N
     core = {name for name in undefined_symbols(allocator) if name.startswith("cuda")}
     strong = set(re.findall(r" T (\w+)", shown.stdout))
     assert core - strong == set(), "what the allocator itself needs must not end a process"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "BIGVIVIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ConfigError, match="this user has none: set BIGVIVIT_CACHE"):
+        build.cache_folder()
