@@ -141,7 +141,7 @@ class Child:
         assert self._process is not None
         code = self._process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        text = self._show_errors().strip()
+        text = self._show_errors().partition("Current thread's C stack trace")[0].strip()  # which Python 3.14 adds
         return f"the child process on virtual GPUs ended ({how}): {text[-2000:] or 'it wrote nothing'}"
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 from tests.forecast.virtual_gpu import recorded
+from tests.forecast.virtual_gpu.versions import takes_workspaces
 
 
 def read_recording(path: Path) -> list[tuple[str, int]]:
@@ -31,6 +32,7 @@ def read_recording(path: Path) -> list[tuple[str, int]]:
     return found
 
 
+@takes_workspaces
 @pytest.mark.parametrize(
     ("autocast", "name"),
     [

@@ -13,6 +13,7 @@ from bigvivit.forecast.overhead import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_LARGE
 from bigvivit.forecast.virtual_gpu import virtual_gpu
 from bigvivit.units import MiB
 from tests.forecast.virtual_gpu import programs
+from tests.forecast.virtual_gpu.versions import takes_workspaces
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ def test_attention_is_chosen_by_the_card(card: Callable[[str], Any], name: str, 
     assert {chosen, f"{chosen}_backward"} <= set(seen), seen
 
 
+@takes_workspaces
 @pytest.mark.parametrize(("name", "size"), [("T4", CUBLAS_WORKSPACE), ("H100", CUBLAS_WORKSPACE_LARGE)])
 @pytest.mark.usefixtures("library")
 def test_the_first_product_takes_a_workspace(name: str, size: int) -> None:
@@ -37,6 +39,7 @@ def test_the_first_product_takes_a_workspace(name: str, size: int) -> None:
         assert gpu.call(programs.workspace_bytes) == [size]
 
 
+@takes_workspaces
 @pytest.mark.usefixtures("library")
 def test_a_step_leaves_parameters_states_and_workspaces() -> None:
     with virtual_gpu("A100 80GB") as gpu:
