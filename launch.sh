@@ -51,13 +51,26 @@ setup() {
   echo "$wanted" > $stamp
 }
 
-# Ranks: one per GPU; on a machine without, two on the CPU, which share its cores.
+# Ranks: one per GPU that CUDA_VISIBLE_DEVICES leaves; on a machine without, two on the CPU, which share its cores.
+VISIBLE=() # numbers of GPUs, where it says any
 choose_ranks() {
   RANKS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  if [ "$RANKS" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    [[ $CUDA_VISIBLE_DEVICES =~ ^(-1|[0-9,]*)$ ]] ||
+      fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher knows GPUs by number alone, such as 0,1"
+    [ "$CUDA_VISIBLE_DEVICES" = -1 ] || IFS=, read -ra VISIBLE <<< "$CUDA_VISIBLE_DEVICES"
+    RANKS=${#VISIBLE[@]}
+  fi
   [ "$RANKS" -gt 0 ] && return
   RANKS=2
   local cores; cores=$(getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores > RANKS ? cores / RANKS : 1 ))}
+}
+
+choose_launcher() {
+  LAUNCHER=(deepspeed --log_level warning --num_gpus "$RANKS") # beside which it passes over CUDA_VISIBLE_DEVICES
+  [ ${#VISIBLE[@]} -eq 0 ] ||
+    LAUNCHER=(deepspeed --log_level warning --include "localhost:$(IFS=,; echo "${VISIBLE[*]:0:RANKS}")")
 }
 
 # The demo: stage 1 on 8 frames, stage 2 on 32, and beside them everything trained on 32. Its labels have a direction,
@@ -70,7 +83,7 @@ NEW=(--model.tower vit-demo --model.tower-init random --model.temporal-depth 2)
 train() { # folder of the run, then arguments of bigvivit/train.py
   local out=$1; shift
   [ -f "$out/checkpoint.json" ] && { echo "$out is there already"; return; }
-  deepspeed --log_level warning --num_gpus "$RANKS" bigvivit/train.py --ds ds_configs/zero3.json --out "$out" "$@"
+  "${LAUNCHER[@]}" bigvivit/train.py --ds ds_configs/zero3.json --out "$out" "$@"
 }
 
 evaluate() { # folder of the run
@@ -87,7 +100,8 @@ main() {
       setup dev; shift
       export PATH="$PWD/.venv/bin:$PATH"
       choose_ranks
-      exec deepspeed --log_level warning --num_gpus "$RANKS" bigvivit/train.py "$@" ;;
+      choose_launcher
+      exec "${LAUNCHER[@]}" bigvivit/train.py "$@" ;;
     demo) ;;
     *) fail "./launch.sh knows 'test' and 'train ...', or nothing at all; not '$1'" ;;
   esac
@@ -96,6 +110,7 @@ main() {
   export PATH="$PWD/.venv/bin:$PATH"
   choose_ranks
   while [ $((16 % RANKS)) -ne 0 ]; do RANKS=$((RANKS - 1)); done # the demo's batch of 16 divides over its ranks
+  choose_launcher
   bigvivit demo data/demo
   train runs/demo/stage1 --stage 1 "${DEMO[@]}" "${NEW[@]}" --clip.frames 8 --optim.epochs 8 --optim.warmup-epochs 1
   train runs/demo/stage2 --stage 2 "${DEMO[@]}" --clip.frames 32 --init-from runs/demo/stage1 \

@@ -36,6 +36,11 @@ VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "
 """Of a tower's configuration: what says nothing about its vectors."""
 
 
+def rounds_products(compute: torch.dtype, device: torch.device) -> bool:
+    """Whether fp32 vectors are not exact, by training's `--tf32`."""
+    return (compute, device.type, torch.backends.cuda.matmul.fp32_precision) == (torch.float32, "cuda", "tf32")
+
+
 class RunCache:
     """The folder of one key under the cache's root, with a store for each kind of row."""
 
@@ -64,7 +69,7 @@ class RunCache:
             "tubelet": model.tubelet,
             "patch_grid": model.patch_grid,
             "storage": plan.storage,
-            "compute": dtype_name(compute),
+            "compute": dtype_name(compute) + " with TF32" * rounds_products(compute, device),
             "kept": dtype_name(self.dtype),
             "clip": asdict(clip),
         }

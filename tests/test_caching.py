@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -310,6 +311,21 @@ def test_vectors_belong_to_all_that_made_them(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {folder(**changes) for changes in same} == {folder()}
     assert len({folder(), *(folder(**changes) for changes in others)}) == 1 + len(others)
+
+
+def test_rounded_products_are_of_another_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's `--tf32` changes fp32 vectors on CUDA, and nothing else."""
+    clip, model = ClipConfig(frames=8), ModelConfig(tower="vit-demo", tower_init="random", tubelet=2, temporal_depth=2)
+    source, exact = open_tower(model, seed=0), MemoryPlan(storage="fp32", compute="fp32")
+
+    def folders(precision: str) -> list[Path]:
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
+        on = [(exact, "cuda"), (replace(exact, compute="bf16"), "cuda"), (exact, "cpu")]
+        return [RunCache(tmp_path, source, model, clip, p, seed=0, device=torch.device(d)).folder for p, d in on]
+
+    rounded, same = folders("tf32"), folders("ieee")
+    assert rounded[0] != same[0]
+    assert rounded[1:] == same[1:]
 
 
 @pytest.mark.slow

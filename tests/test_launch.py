@@ -92,6 +92,45 @@ def test_uv_installs_where_it_is_there_by_pips_configuration(tmp_path: Path) -> 
     assert "installing" not in launch(tmp_path, "test", PYTHON=sys.executable, **env).stdout  # once
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus", "words"),
+    [
+        (None, 4, "--num_gpus 4"),
+        ("1,3", 4, "--include localhost:1,3"),
+        ("2", 4, "--include localhost:2"),
+        ("", 4, "--num_gpus 2"),  # none: two ranks on the CPU
+        ("-1", 4, "--num_gpus 2"),
+        ("0", 0, "--num_gpus 2"),
+    ],
+)
+def test_no_gpu_is_taken_that_is_not_to_be_seen(tmp_path: Path, visible: str | None, gpus: int, words: str) -> None:
+    """DeepSpeed's launcher passes over CUDA_VISIBLE_DEVICES beside --num_gpus. Both programs are stand-ins."""
+    done = launch_beside_gpus(tmp_path, gpus, visible)
+    assert done.stdout == f"--log_level warning {words} bigvivit/train.py --stage 1\n", done.stderr
+
+
+def test_gpus_by_other_names_are_refused(tmp_path: Path) -> None:
+    done = launch_beside_gpus(tmp_path, 4, "GPU-8932f937")
+    assert done.returncode == 1
+    assert "CUDA_VISIBLE_DEVICES=GPU-8932f937: DeepSpeed's launcher knows GPUs by number" in done.stderr
+
+
+def launch_beside_gpus(folder: Path, gpus: int, visible: str | None) -> subprocess.CompletedProcess[str]:
+    copy_checkout(folder)
+    programs = {
+        ".venv/bin/deepspeed": 'echo "$@"',
+        "bin/nvidia-smi": "; ".join(["echo GPU 0: A100"] * gpus) or "exit 9",
+    }
+    for name, line in programs.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    sums = subprocess.run(["cksum"], input=(folder / "pyproject.toml").read_bytes(), check=True, capture_output=True)
+    (folder / ".venv" / "installed").write_text(f"dev {sums.stdout.decode()}")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return launch(folder, "train", "--stage", "1", PATH=path, CUDA_VISIBLE_DEVICES=visible)
+
+
 def test_a_failed_installation_says_where_indexes_come_from(tmp_path: Path) -> None:
     copy_checkout(tmp_path)
     (tmp_path / "bin").mkdir()
