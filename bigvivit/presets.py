@@ -42,13 +42,25 @@ def parse_train(argv: Sequence[str], prog: str) -> TrainConfig:
 
 
 def spell_out(argv: Sequence[str]) -> list[str]:
-    """The settings that the preset of a command line adds to it; none for a name that is not known, which tyro
-    refuses."""
+    """The settings that the preset of a command line adds to it, its warm-up as a tenth of the epochs that the line may
+    give; none for a name that is not known, which tyro refuses."""
     given = {word.partition("=")[0].replace("_", "-"): word.partition("=")[2] for word in argv if word.startswith("--")}
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word in ("--preset", "--stage"):
+        if word in ("--preset", "--stage", "--optim.epochs"):
             given[word] = following
     preset = dict(PRESETS.get((given.get("--preset", ""), given.get("--stage", "")), {}))
     if preset and given["--stage"] == "2" and "--init-from" not in given:
         preset |= STARTS_ANEW
+    if preset and "--optim.steps" in given:  # which has a warm-up of its own
+        del preset["--optim.epochs"], preset["--optim.warmup-epochs"]
+    elif preset and (epochs := as_number(given.get("--optim.epochs", ""))) is not None:
+        preset["--optim.warmup-epochs"] = f"{epochs / 10:.3g}"
     return [word for flag, value in preset.items() if flag not in given for word in (flag, value)]
+
+
+def as_number(text: str) -> float | None:
+    """None for what is none, which tyro refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -31,6 +31,17 @@ def test_what_is_given_comes_first() -> None:
     assert (config.optim.lr, config.optim.weight_decay, config.optim.batch_size) == (0.5, 0.0, 32)
 
 
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_the_warm_up_goes_with_the_length_that_is_given(stage: str) -> None:
+    words = ["--preset", "small", "--stage", stage, "--model.tower", "vit-b", *NEEDED]
+    for length in (["--optim.epochs", "3"], ["--optim.epochs=3"]):
+        optim = parse_train([*words, *length], "train").optim
+        assert (optim.epochs, optim.warmup_epochs) == (3, 0.3)
+    optim = parse_train([*words, "--optim.steps", "120"], "train").optim
+    assert (optim.count_steps(10), optim.count_warmup(10)) == (120, 10)
+    assert parse_train([*words, "--optim.epochs", "3", "--optim.warmup-epochs", "1"], "train").optim.warmup_epochs == 1
+
+
 def test_a_stage_2_takes_its_depth_from_the_stage_1_it_starts_from() -> None:
     words = ["--preset", "small", "--stage", "2"]
     assert "--model.temporal-depth" in spell_out(words)
