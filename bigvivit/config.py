@@ -408,6 +408,12 @@ def check_probe(config: TrainConfig) -> None:
         raise ConfigError(f"{what} trains many heads on a frozen tower, and stage 1 trains it: give --stage 2")
     if config.data.val is None:
         raise ConfigError(f"{what} needs data.val: the best head by validation becomes the run's checkpoint")
+    optim = config.optim
+    if config.probe.lr and None not in (optim.adapter_lr, optim.temporal_lr, optim.head_lr):
+        raise ConfigError(
+            f"{what} with optim.adapter_lr, optim.temporal_lr and optim.head_lr: with a rate of its own for every part, "
+            f"those to try would change nothing; leave one of the parts' out"
+        )
     if config.ds is not None:
         raise ConfigError(
             f"{what} with ds={config.ds}: DeepSpeed clips the gradients of all heads as one; leave --ds out (each rank "

@@ -14,6 +14,7 @@ from tests.launching import LOSS_TOLERANCE, STAGE2, ZERO3, Runs, call, train
 from tests.test_resume import kill_after
 
 SAME = ["--optim.clip-norm", 0.3, "--optim.name", "adamw", "--save-every", 4, "--optim.epochs", 3]
+PART_RATES = ["--optim.adapter-lr", 0.1, "--optim.temporal-lr", 0.1, "--optim.head-lr", 0.1]
 LRS, DECAYS = (0.0005, 0.004), (0.0, 0.3)
 
 
@@ -153,6 +154,7 @@ def test_on_two_ranks(words: tuple[str, ...], runs: Runs, demo: Path, tmp_path: 
         (["--probe.lr", 0.1, 0.1], "probe.lr=(0.1, 0.1) lists a value twice"),
         (["--probe.lr", 0], "probe.lr=(0.0,) must be numbers above 0"),
         (["--probe.depth", 0], "probe.depth=(0,) must be numbers from 1"),
+        (["--probe.lr", 0.1, *PART_RATES], "those to try would change nothing"),
         (["--probe.lr", 0.1, *ZERO3], "DeepSpeed clips the gradients of all heads as one"),
         (["--probe.depth", 1, 2, "--model.droplayer", 0.1], "heads of several depths would draw other random numbers"),
     ],
