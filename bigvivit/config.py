@@ -411,7 +411,7 @@ def check_probe(config: TrainConfig) -> None:
     optim = config.optim
     if config.probe.lr and None not in (optim.adapter_lr, optim.temporal_lr, optim.head_lr):
         raise ConfigError(
-            f"{what} with optim.adapter_lr, optim.temporal_lr and optim.head_lr: with a rate of its own for every part, "
+            f"{what} with optim.adapter_lr, optim.temporal_lr and optim.head_lr: every part has a rate of its own, so "
             f"those to try would change nothing; leave one of the parts' out"
         )
     if config.ds is not None:
