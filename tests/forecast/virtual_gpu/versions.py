@@ -8,5 +8,5 @@ from torch.torch_version import TorchVersion
 
 takes_workspaces = pytest.mark.skipif(
     torch.__version__ >= TorchVersion("2.15"),
-    reason="torch 2.15 asks its allocator for no workspace of cuBLAS here; what it does instead is not known yet",
+    reason="torch 2.15 takes a workspace of cuBLAS for each product and gives it back (pytorch/pytorch#194311)",
 )
