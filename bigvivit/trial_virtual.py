@@ -96,11 +96,14 @@ def take_steps(text: str, steps: int) -> VirtualStep:
 
 
 def try_virtual_gpu(trial: Trial, card: Accelerator) -> VirtualVerdict | str:
-    """The verdict, or the reason why there is none."""
+    """The verdict, or the reason why there is none, in one line: what is not answered ends the child, and a trace can
+    still be made."""
+    from bigvivit.forecast.virtual_gpu import VirtualGpuError
+
     reason = why_not_virtual(trial, card)
     if reason is not None:
         return reason
     try:
         return run_on_virtual_gpu(trial, card)
-    except ConfigError as error:
-        return str(error)
+    except (ConfigError, VirtualGpuError) as error:
+        return " ".join(str(error).split())

@@ -87,6 +87,20 @@ def test_what_does_not_fit_says_what_it_could_not_get() -> None:
     assert sum(traced["trace"]["composition_bytes"].values()) == traced["peak_bytes"] > traced["capacity_bytes"]["best"]
 
 
+def test_what_a_virtual_gpu_does_not_answer_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason in the same line, and not as a traceback."""
+    from bigvivit import trial_virtual
+    from bigvivit.forecast.virtual_gpu import VirtualGpuError
+
+    def end(*_: object) -> None:
+        raise VirtualGpuError("the child process on virtual GPUs ended (SIGABRT):\nno answer to cusolverDnCreate")
+
+    monkeypatch.setattr(trial_virtual, "run_on_virtual_gpu", end)
+    done = plan("--tower", "vit-demo", "--size", "48", "--frames", "8", "--hardware", "RTX 3090")
+    assert (done.returncode, "fits (forecast)" in done.stdout) == (0, True), done.stderr
+    assert "not run on a virtual GPU: the child process on virtual GPUs ended (SIGABRT): no answer to" in done.stdout
+
+
 def test_a_card_of_the_table_runs_on_a_virtual_gpu() -> None:
     """PyTorch's own numbers, which a trace comes near."""
     if torch.version.cuda is None:

@@ -104,6 +104,7 @@ def nvidia(
 
 
 def cuda(name: str, multiprocessors: int, l2_mib: float, source: str) -> CudaDevice:
+    """What a CUDA program is told of a card: its name, multiprocessors and L2 cache in MiB, and where that was read."""
     return CudaDevice(name, multiprocessors, int(l2_mib * MiB), source)
 
 

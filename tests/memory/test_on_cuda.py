@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def test_a_tower_elsewhere_in_inference_mode(placement: str, gpu: Child) -> None
 
 @pytest.mark.parametrize("compute", ["fp16", "bf16", "fp32"])
 def test_types_of_the_tower_under_autocast(compute: str, gpu: Child) -> None:
-    gpu.call(on_cuda.step_in, compute)
+    assert math.isfinite(gpu.call(on_cuda.step_in, compute))
 
 
 @pytest.mark.parametrize("placement", ["device", "cpu"])

@@ -152,6 +152,7 @@ def compile_into(folder: Path, torch: Torch) -> None:
 
 
 def flags(torch: Torch, known: list[int]) -> list[str]:
+    """The compiler's flags for this build of PyTorch, whose library has code for the compute capabilities `known`."""
     major, minor = (int(part) for part in torch.cuda.split(".")[:2])
     return [
         *("-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{SOURCES}"),
@@ -162,6 +163,7 @@ def flags(torch: Torch, known: list[int]) -> list[str]:
 
 
 def run_compiler(command: list[str]) -> None:
+    """Compile. Raises ConfigError with the compiler's first error."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])

@@ -27,6 +27,7 @@ def is_active() -> bool:
 
 
 def active_library() -> ctypes.CDLL:
+    """The preloaded library. Raises RuntimeError where there is none."""
     loaded = library()
     if loaded is None:
         raise RuntimeError("this process does not run on virtual GPUs: start it with virtual_gpu.environment")
