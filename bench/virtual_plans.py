@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,8 @@ def main(arguments: Arguments) -> None:
         rows.append(compare(hardware, tower, step))
         with kept.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-    stem = write_report(
-        arguments.results, "virtual_plans", device=torch.device("cpu"), settings=asdict(arguments), rows=rows
-    )
+    settings = {"towers": arguments.towers, "hardware": arguments.hardware}
+    stem = write_report(arguments.results, "virtual_plans", device=torch.device("cpu"), settings=settings, rows=rows)
     kept.unlink()
     print(f"wrote {stem}.json and .md")
 
