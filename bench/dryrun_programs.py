@@ -79,7 +79,9 @@ def main(arguments: Arguments) -> None:
     programs = list_programs()
     names = arguments.names or tuple(programs)
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        str(path) for path in (arguments.packages, os.environ.get("PYTHONPATH")) if path
+        str(path)
+        for path in (arguments.packages and arguments.packages.resolve(), os.environ.get("PYTHONPATH"))
+        if path
     )
     rows: list[dict[str, Any]] = []
     partial = arguments.results / "dryrun_programs.partial.jsonl"
