@@ -39,8 +39,9 @@ class PlanConfig:
     """Forecast the memory of a training step, without a GPU.
 
     On Linux with a CUDA build of PyTorch the step runs on a virtual GPU: PyTorch's own CUDA allocator, dispatcher and
-    choice of kernels, without a device (docs/virtual_gpu.md). Elsewhere, for several ranks, and for what --explain,
-    --timeline and --snapshot show, it is traced on fake tensors. Nothing of this has been compared with a GPU of ours.
+    choice of kernels, without a device (docs/virtual_gpu.md); of several ranks the fullest runs. Elsewhere, and for
+    what --explain, --timeline and --snapshot show, it is traced on fake tensors. Nothing of this has been compared with
+    a GPU of ours.
     """
 
     tower: str

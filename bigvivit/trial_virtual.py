@@ -1,16 +1,18 @@
 """A trial's steps on a virtual GPU: PyTorch's own allocator, dispatcher and choice of kernels, and nothing of ours.
 
-What is left of guessing lies outside of PyTorch: the context's size, which `forecast/overhead.py` has with its range.
+Of several ranks only the fullest run, each in a process of its own; the others are taken to do what it does. What is
+left of guessing lies outside of PyTorch: context and NCCL, which `forecast/overhead.py` has with their range.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.overhead import context
+from bigvivit.forecast.overhead import forecast_overhead
 
 if TYPE_CHECKING:
     from bigvivit.trial import Trial
@@ -20,7 +22,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class VirtualStep:
-    """What a step came to on a card with one size of the context."""
+    """What a step came to on a card with one size of what lies outside of PyTorch, on its fullest rank."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -38,51 +40,56 @@ class VirtualVerdict:
     """Bytes that PyTorch's allocator can have in each."""
 
 
-def why_not_virtual(trial: Trial, card: Accelerator) -> str | None:
-    """Why a step cannot be run on a virtual GPU; None where it can, as far as that is known before it is tried."""
-    if trial.world > 1 or trial.ds is not None or trial.fsdp:
-        return "one process stands for one of several ranks"
-    return None if card.device is not None else f"{card.name} is not a card of the table that NVIDIA made"
-
-
 def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> VirtualVerdict:
     """Run the trial's steps on a card that is not there. Raises ConfigError where there can be no virtual GPU, or what
     the trial's own building raises."""
-    from bigvivit.forecast.virtual_gpu import virtual_gpu
-
-    part = context(card)
-    total = card.memory_bytes
-    # The library takes the expected context off what the card has: another context is another memory.
-    totals = [total - (size - part.expected_bytes) for size in (part.high_bytes, part.expected_bytes, part.low_bytes)]
-    runs: dict[int, VirtualStep] = {}
-
-    def run(memory_bytes: int) -> VirtualStep:
-        if memory_bytes not in runs:
-            with virtual_gpu(card.name, memory_bytes=memory_bytes) as gpu:
-                runs[memory_bytes] = gpu.call(take_steps, trial.to_json(), steps)
-        return runs[memory_bytes]
-
-    worst, middle, best = totals
-    expected = run(middle)
-    if expected.out_of_memory is None:
-        room = worst - part.expected_bytes
-        fits = expected.reserved_bytes <= room or run(worst).out_of_memory is None, True, True
+    low, middle, high = forecast_overhead(card, ranks=trial.world).outside()
+    # The library takes the expected size off what the card has: another size is another memory.
+    worst, expected, best = (card.memory_bytes - (size - middle) for size in (high, middle, low))
+    runs = {expected: run_fullest_rank(trial, card, expected, steps)}
+    step = runs[expected]
+    if step.out_of_memory is None:
+        in_worst = step.reserved_bytes <= worst - middle
+        fits = in_worst or run_fullest_rank(trial, card, worst, steps).out_of_memory is None, True, True
     else:
-        fits = False, False, run(best).out_of_memory is None
-    return VirtualVerdict(expected, fits, tuple(value - part.expected_bytes for value in totals))  # type: ignore[arg-type]
+        fits = False, False, run_fullest_rank(trial, card, best, steps).out_of_memory is None
+    return VirtualVerdict(step, fits, (worst - middle, expected - middle, best - middle))
 
 
-def take_steps(text: str, steps: int) -> VirtualStep:
-    """In a process on virtual GPUs: the trial built and trained. Weights and clips have no values, and need none."""
+def run_fullest_rank(trial: Trial, card: Accelerator, memory_bytes: int, steps: int) -> VirtualStep:
+    """The steps with so much memory: of the first rank for which it is not enough, or of the one that takes most."""
+    from bigvivit.forecast.virtual_gpu import virtual_gpu
+    from bigvivit.trial import fullest_ranks
+
+    found = []
+    for rank in fullest_ranks(trial):
+        with virtual_gpu(card.name, memory_bytes=memory_bytes) as gpu:
+            found.append(gpu.call(take_steps, trial.to_json(), rank, steps))
+        if found[-1].out_of_memory is not None:
+            return found[-1]
+    return max(found, key=lambda step: step.reserved_bytes)
+
+
+def take_steps(text: str, rank: int, steps: int) -> VirtualStep:
+    """In a process on virtual GPUs: the trial built and trained on one rank. Weights and clips have no values, and need
+    none."""
     import torch
 
     from bigvivit.assemble import choose_device
     from bigvivit.forecast.trace import repeat_batch
+    from bigvivit.forecast.virtual_gpu.alone import start_alone
     from bigvivit.memory.out_of_memory import is_out_of_memory
     from bigvivit.training.step import train_step
     from bigvivit.trial import Trial, build_trial
 
     trial, device = Trial.from_json(text), choose_device("cuda")
+    if trial.world > 1 or trial.ds is not None or trial.fsdp:
+        start_alone(rank, trial.world)
+    if trial.ds is not None:
+        from bigvivit.memory.zero import init_deepspeed
+
+        os.environ["DS_ACCELERATOR"] = "cuda"
+        init_deepspeed(device)
     failed = None
     try:
         engine, batch = build_trial(trial, device, fake=True)
@@ -100,9 +107,8 @@ def try_virtual_gpu(trial: Trial, card: Accelerator) -> VirtualVerdict | str:
     still be made."""
     from bigvivit.forecast.virtual_gpu import VirtualGpuError
 
-    reason = why_not_virtual(trial, card)
-    if reason is not None:
-        return reason
+    if card.device is None:
+        return f"{card.name} is not a card of the table that NVIDIA made"
     try:
         return run_on_virtual_gpu(trial, card)
     except (ConfigError, VirtualGpuError) as error:

@@ -13,7 +13,7 @@ import torch
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.plan import PlanConfig, find_hardware, to_json
 from bigvivit.trial_virtual import VirtualStep, VirtualVerdict
-from bigvivit.units import MiB
+from bigvivit.units import GiB, MiB
 from tests.launching import call
 
 
@@ -111,8 +111,17 @@ def test_a_card_of_the_table_runs_on_a_virtual_gpu() -> None:
     assert found["fits"] == {"worst": True, "expected": True, "best": True}
     assert found["reserved_bytes"] % (2 * MiB) == 0
     assert found["peak_bytes"] == pytest.approx(found["trace"]["peak_bytes"], rel=0.1)
-    several = plan(*words, "--ranks", "2", "--fsdp").stdout
-    assert "not run on a virtual GPU: one process stands for one of several ranks" in several
+
+
+def test_one_of_several_ranks_runs_on_a_virtual_gpu() -> None:
+    """A rank of eight keeps an eighth of weights, gradients and momentum under FSDP2, whose code is the real one."""
+    if torch.version.cuda is None:
+        pytest.skip("PyTorch without CUDA")
+    words = ["--tower", "vit-b", "--stage", "1", "--frames", "8", "--hardware", "RTX 3090", "--json"]
+    found = json.loads(plan(*words, "--ranks", "8", "--fsdp", "--explain").stdout)
+    assert found["evidence"] == "virtual"
+    assert found["peak_bytes"] == pytest.approx(found["trace"]["peak_bytes"], rel=0.1)
+    assert found["capacity_bytes"]["expected"] < 24 * GiB - 400 * MiB - 128 * MiB  # context and NCCL
 
 
 def test_settings_are_for_programs_too() -> None:

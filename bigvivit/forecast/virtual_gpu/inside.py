@@ -49,3 +49,9 @@ def hold_events(hold: bool) -> None:
     """While held, no event completes when it is asked: blocks that other streams still use stay taken, as where the
     host runs far ahead of a device. Waiting for an event still returns."""
     active_library().bigvivit_virtual_gpu_hold_events(int(hold))
+
+
+def be_alone() -> None:
+    """From now on this process's NCCL groups have no other processes to wait for: each other rank gives what this one
+    gives. `alone.start_alone` starts torch.distributed so."""
+    active_library().bigvivit_virtual_gpu_be_alone()

@@ -356,14 +356,15 @@ def ends() -> None:
     os._exit(3)
 
 
-def shard_alone(world: int) -> tuple[int, int]:
-    """(bytes that one rank of `world` keeps of a sharded layer, those of the layer): a fake process group."""
+def shard_alone(rank: int, world: int) -> tuple[int, int]:
+    """(bytes that one rank of `world` keeps of a sharded layer, those of the layer)."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=world)
+    from bigvivit.forecast.virtual_gpu.alone import start_alone
+
+    start_alone(rank, world)
     before = torch.cuda.memory_allocated()
     layer = torch.nn.Linear(4096, 4096, bias=False, device="cuda")
     whole = torch.cuda.memory_allocated() - before
@@ -374,3 +375,23 @@ def shard_alone(world: int) -> tuple[int, int]:
     kept = sum(parameter.to_local().untyped_storage().nbytes() for parameter in layer.parameters())
     dist.destroy_process_group()
     return kept, whole
+
+
+def train_alone(engine: str, rank: int, world: int) -> tuple[int, list[object], int]:
+    """(peak of two steps, what everybody says, their sum) where this rank is the only one that runs."""
+    import torch
+    import torch.distributed as dist
+
+    from bigvivit.forecast.virtual_gpu.alone import start_alone
+    from tests.forecast.virtual_gpu import rank as program
+
+    start_alone(rank, world)
+    objects: list[object] = [None] * world
+    dist.all_gather_object(objects, rank)
+    dist.barrier()
+    count = torch.tensor([1], device="cuda")
+    dist.all_reduce(count)
+    torch.cuda.reset_peak_memory_stats()
+    program.train(engine, 0)
+    dist.barrier()
+    return torch.cuda.max_memory_allocated(), objects, int(count.item())

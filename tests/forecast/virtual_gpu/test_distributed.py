@@ -1,4 +1,4 @@
-"""Ranks as processes over the imitated NCCL, each on its own virtual GPU, and a fake process group in one process."""
+"""Ranks as processes over the imitated NCCL, each on its own virtual GPU, and one of many alone in a process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bigvivit.forecast.virtual_gpu import environment
+from bigvivit.forecast.virtual_gpu import environment, virtual_gpu
 from tests.forecast.virtual_gpu import programs
 
 RANK = Path(__file__).with_name("rank.py")
@@ -46,9 +45,18 @@ def test_ranks_train_and_talk(engine: str, tmp_path: Path) -> None:
         assert 0.5 * whole < first["peak"]
         assert first["peak"] - 3 * 8_519_680 < whole  # workspaces apart; half of it, and buffers
 
+    with virtual_gpu("A100 80GB") as gpu:  # in one process, the same
+        alone = gpu.call(programs.train_alone, engine, 0, 2)
+        assert alone[0] == first["peak"]
+
 
 @pytest.mark.usefixtures("library")
-def test_one_rank_of_many_in_one_process(card: Callable[[str], Any]) -> None:
-    """What a rank of eight keeps: an eighth."""
-    eighth, whole = card("A100 80GB").call(programs.shard_alone, 8)
-    assert eighth == pytest.approx(whole / 8, rel=0.02)
+@pytest.mark.parametrize(("rank", "world"), [(5, 8), (1023, 1024)])
+def test_one_rank_of_many_in_one_process(rank: int, world: int) -> None:
+    """It keeps its part, and waits for nobody: each other rank says what it says."""
+    with virtual_gpu("A100 80GB") as gpu:
+        part, whole = gpu.call(programs.shard_alone, rank, world)
+    assert part == pytest.approx(whole / world, rel=0.02)
+    with virtual_gpu("A100 80GB") as gpu:
+        _, objects, count = gpu.call(programs.train_alone, "ddp", rank, world)
+    assert (objects, count) == ([rank] * world, world)
