@@ -1,8 +1,9 @@
-"""The most frames that fit: `python bench/frame_capacity.py --limit 2GiB` measures, `--hardware "2080 Ti"` forecasts.
+"""The most frames that fit: `python bench/frame_capacity.py --limit 2GiB` on the CPU, `--hardware "2080 Ti"` anywhere.
 
 Measured: each probe is a fresh process that runs three real steps, on the local CUDA device, or on the CPU under
-RLIMIT_DATA. Forecast: the same step traced on fake tensors, for hardware that need not be here. Beside a measured
-capacity under a limit stands the forecast for the same limit.
+RLIMIT_DATA. Virtual: each runs them on a card that is not there, until PyTorch's own CUDA allocator is out of memory.
+Forecast: the same step traced on fake tensors; it says where the others look first, and stands alone for hardware that
+cannot be virtual.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bigvivit.plan import find_hardware
 from bigvivit.processes import RankFailed, run_ranks
 from bigvivit.training.report import run_bench, write_report
 from bigvivit.trial import Trial, trace_trial
+from bigvivit.trial_virtual import VirtualStep, run_fullest_rank, why_not_virtual
 from bigvivit.units import GiB, KiB, format_bytes, parse_bytes
 
 mpl.use("Agg")
@@ -62,6 +64,8 @@ FEW, MANY = 8, 32
 TRAINED: dict[str, dict[str, Any]] = {"everything trains": {}, "recompute": {"recompute": 1}}
 """Of stage 1."""
 KEPT = ("tower", "trained weights")
+KINDS = ("measured", "virtual", "forecast")
+"""Of evidence."""
 PAPER = {
     ("TPU v3", "vit-h", 1): "96",
     ("TPU v3", "vit-h", 2): "128, the most it tried",
@@ -85,7 +89,8 @@ class Arguments:
     limit: str | None = None
     """Measure on the CPU under this much RLIMIT_DATA, such as 2GiB; forecasts stand beside."""
     hardware: str | None = None
-    """Forecast only: an accelerator of the table, or memory such as 24GiB. Without either: measure the local GPU."""
+    """Probe a virtual card: an accelerator of the table; where there can be none, and for memory such as 24GiB, only
+    forecast. Without either: measure the local GPU."""
     ranks: int = 1
     """Devices that train together, the optimizer's state on each (DDP)."""
     fsdp: bool = False
@@ -236,8 +241,8 @@ def main(arguments: Arguments) -> None:
     for tower in arguments.towers:  # what is misspelt is said before anything is measured
         open_tower(ModelConfig(tower=tower, tower_init="random", tubelet=2), seed=0)
     limit = parse_bytes(arguments.limit) if arguments.limit is not None else None
-    measured = arguments.hardware is None
     card = find_card(arguments)
+    evidence = choose_evidence(arguments, card)
     device = "cpu" if card is None else "cuda"
     where = f"{arguments.limit} of the CPU" if card is None else card.name
     if arguments.ranks > 1:
@@ -259,10 +264,13 @@ def main(arguments: Arguments) -> None:
         expected = forecast.search(arguments.most)
         row: dict[str, Any] = {
             "key": key, "where": where, "tower": trial.tower, "stage": trial.stage, "plan": name,
-            "evidence": "measured" if measured else "forecast",
+            "evidence": evidence,
         }  # fmt: skip
-        if measured:
+        if evidence == "measured":
             row |= measure(trial, limit, device, arguments.most, guess=expected.frames, forecast=forecast)
+        elif evidence == "virtual":
+            assert card is not None
+            row |= probe_virtual(trial, card, arguments.most, guess=expected.frames)
         row |= {"forecast_frames": expected.frames, "more_may_fit": expected.beyond, "binds": forecast.binds}
         row |= {"room_bytes": forecast.room_bytes, "peak_bytes": forecast.peak(expected.frames)}
         row["paper_frames"] = PAPER.get((where, trial.tower, trial.stage), "")
@@ -270,7 +278,7 @@ def main(arguments: Arguments) -> None:
         rows.append(row)
         keep(kept, row)
         print(f"{trial.tower}, stage {trial.stage}, {name}: " + ", ".join(
-            f"{kind} {row[f'{kind}_frames']}" for kind in ("measured", "forecast") if f"{kind}_frames" in row
+            f"{kind} {row[f'{kind}_frames']}" for kind in KINDS if f"{kind}_frames" in row
         ), flush=True)  # fmt: skip
     curves = {f"{row['tower']}, {row['stage']}, {row['plan']}": row.pop("peaks") for row in rows}
     for row in rows:
@@ -281,10 +289,11 @@ def main(arguments: Arguments) -> None:
     stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
     draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
     kept.unlink(missing_ok=True)
-    table = Table("tower", "stage", "plan", "measured", "forecast", "paper", title=where)
+    table = Table("tower", "stage", "plan", *KINDS, "paper", title=where)
     for row in rows:
         table.add_row(
-            row["tower"], str(row["stage"]), row["plan"], str(row.get("measured_frames", "-")),
+            row["tower"], str(row["stage"]), row["plan"],
+            str(row.get("measured_frames", "-")), str(row.get("virtual_frames", "-")),
             f"{row['forecast_frames']}{'+' if row['more_may_fit'] else ''}", row["paper_frames"] or "-",
         )  # fmt: skip
     Console().print(table)
@@ -312,6 +321,38 @@ def find_card(arguments: Arguments) -> Accelerator | None:
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
     return find_local_gpus()[0].accelerator
+
+
+def choose_evidence(arguments: Arguments, card: Accelerator | None) -> str:
+    """What the capacities will be; says why where it is a forecast alone."""
+    if arguments.hardware is None:
+        return "measured"
+    assert card is not None
+    reason = why_not_virtual(card)
+    if reason is None:
+        return "virtual"
+    print(f"forecasts alone, no virtual GPU: {reason}", flush=True)
+    return "forecast"
+
+
+def probe_virtual(trial: Trial, card: Accelerator, most: int, *, guess: int) -> dict[str, Any]:
+    """The capacity by steps on a virtual card, whose context and communicators are as large as expected."""
+    steps: dict[int, VirtualStep] = {}
+
+    def fits(frames: int) -> bool:
+        start = time.perf_counter()
+        tried = replace(trial, frames=frames, plan=resolve_types(trial.plan, card))
+        found = steps[frames] = run_fullest_rank(tried, card, card.memory_bytes)
+        answer = "fit" if found.out_of_memory is None else "out of memory"
+        print(f"  {frames} frames: {answer}, {time.perf_counter() - start:.0f} s", flush=True)
+        return found.out_of_memory is None
+
+    found = find_capacity(fits, unit=trial.tubelet, most=most, guess=max(trial.tubelet, guess))
+    row: dict[str, Any] = {"virtual_frames": found.frames, "probes": len(found.probes)}
+    if found.frames:
+        last = steps[found.frames]
+        row |= {"virtual_allocated_bytes": last.allocated_bytes, "virtual_reserved_bytes": last.reserved_bytes}
+    return row
 
 
 def measure(

@@ -40,6 +40,19 @@ class VirtualVerdict:
     """Bytes that PyTorch's allocator can have in each."""
 
 
+def why_not_virtual(card: Accelerator) -> str | None:
+    """Why there can be no virtual GPU like this card, in one line; None where there can."""
+    from bigvivit.forecast.virtual_gpu import environment
+
+    if card.device is None:
+        return f"{card.name} is not a card of the table that NVIDIA made"
+    try:
+        environment(card.name)
+    except ConfigError as error:
+        return " ".join(str(error).split())
+    return None
+
+
 def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> VirtualVerdict:
     """Run the trial's steps on a card that is not there. Raises ConfigError where there can be no virtual GPU, or what
     the trial's own building raises."""
@@ -56,7 +69,7 @@ def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> V
     return VirtualVerdict(step, fits, (worst - middle, expected - middle, best - middle))
 
 
-def run_fullest_rank(trial: Trial, card: Accelerator, memory_bytes: int, steps: int) -> VirtualStep:
+def run_fullest_rank(trial: Trial, card: Accelerator, memory_bytes: int, steps: int = STEPS) -> VirtualStep:
     """The steps with so much memory: of the first rank for which it is not enough, or of the one that takes most."""
     from bigvivit.forecast.virtual_gpu import virtual_gpu
     from bigvivit.trial import fullest_ranks
@@ -107,8 +120,9 @@ def try_virtual_gpu(trial: Trial, card: Accelerator) -> VirtualVerdict | str:
     still be made."""
     from bigvivit.forecast.virtual_gpu import VirtualGpuError
 
-    if card.device is None:
-        return f"{card.name} is not a card of the table that NVIDIA made"
+    reason = why_not_virtual(card)
+    if reason is not None:
+        return reason
     try:
         return run_on_virtual_gpu(trial, card)
     except (ConfigError, VirtualGpuError) as error:
