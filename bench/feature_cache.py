@@ -40,6 +40,8 @@ class Arguments:
     """Clips of a step; an epoch has 16."""
     temporal_depth: int = 4
     """Layers of the temporal transformer."""
+    autocast: Literal["fp32", "bf16"] = "fp32"
+    """Type that the trained part computes in; on a GPU that has bf16 it is bf16 by default."""
     epochs: int = 2
     """Of the run without a cache; the fastest counts."""
     cached_epochs: int = 5
@@ -65,7 +67,8 @@ def main(arguments: Arguments) -> None:
     size = sum(path.stat().st_blocks * 512 for path in (scratch / "cache").rglob("*") if path.is_file())
     settings = {"tower": arguments.tower, "frames": arguments.frames, "size": arguments.size, "clips_per_epoch": CLIPS,
                 "batch_size": arguments.batch_size, "temporal_depth": arguments.temporal_depth,
-                "optimizer": "sgd with momentum", "cache_bytes": size, "threads": torch.get_num_threads()}  # fmt: skip
+                "autocast": arguments.autocast, "optimizer": "sgd with momentum", "cache_bytes": size,
+                "threads": torch.get_num_threads()}  # fmt: skip
     stem = write_report(arguments.results, "feature_cache", device=torch.device("cpu"), settings=settings, rows=rows)
     for row in rows:
         print(row)
@@ -79,7 +82,8 @@ def train(arguments: Arguments, name: str, *words: object) -> None:
         return
     common = ["--out", out, "--data.train", arguments.scratch / "demo" / "train.csv", "--data.workers", 1,
               "--log-every", 1, "--clip.size", arguments.size, "--clip.resize", arguments.size,
-              "--optim.warmup-epochs", 0, "--save-every", 0, "--device", "cpu"]  # fmt: skip
+              "--optim.warmup-epochs", 0, "--save-every", 0, "--device", "cpu", "--memory.autocast",
+              arguments.autocast]  # fmt: skip
     command = [sys.executable, "-m", "bigvivit.train", *common, *words]
     subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
 

@@ -286,7 +286,8 @@ def main(arguments: Arguments) -> None:
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
-    stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
+    here = torch.device(device if evidence == "measured" else "cpu")
+    stem = write_report(arguments.results, bench, device=here, settings=settings, rows=rows)
     draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
     kept.unlink(missing_ok=True)
     table = Table("tower", "stage", "plan", *KINDS, "paper", title=where)

@@ -120,7 +120,8 @@ def main(arguments: Arguments) -> None:
         "chance": CHANCE,
         "penalties": PENALTIES,
     }
-    stem = write_report(arguments.results, "real_clips", device=torch.device("cpu"), settings=settings, rows=rows)
+    bench = "real_clips_chosen" if arguments.arms else "real_clips"  # beside the report of all
+    stem = write_report(arguments.results, bench, device=torch.device("cpu"), settings=settings, rows=rows)
     draw(rows, stem.with_name(f"{stem.name}.png"))
     print(f"wrote {stem}.json, .md and .png")
 

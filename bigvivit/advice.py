@@ -1,4 +1,5 @@
 """Which settings make a training step fit: the levers of a trial, tried on fake tensors, as words for a command line.
+For a card of the table what would fit is run on a virtual GPU too, before it is said.
 
 `python -m bigvivit.advice '{"trial": …, "room": …}'` prints it: a process of its own, because the one that asks has
 just run out of memory.
@@ -186,10 +187,11 @@ def suggest(trial: Trial, forecast: Callable[[Trial], Forecast], flags: dict[str
     if not found:
         yield "nothing that can be set makes it fit: take a smaller tower, smaller images, or more memory"
         return
-    yield "settings that would make it fit, best first (forecast); add to the same command:"
+    yield "settings that would make it fit, best first; add to the same command:"
     for number, suggestion in enumerate(found, start=1):
         yield f"  {number}. {words(trial, suggestion.setting, flags)}"
-        yield f"     {format_bytes(suggestion.peak_bytes)} at the peak; {SEEN[suggestion.changes]}"
+        peak = f"{format_bytes(suggestion.forecast.peak_bytes)} at the peak ({suggestion.forecast.evidence})"
+        yield f"     {peak}; {SEEN[suggestion.changes]}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ def ask_for_advice(trial: Trial, room: Room) -> list[str]:
     # Its ranks are made up and its tensors fake: it must not take this run's place, nor the device's memory.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if room.hardware is None:
+        env["CUDA_VISIBLE_DEVICES"] = ""  # it could only be in the way of the run that asks
     try:
         done = subprocess.run(
             [sys.executable, "-m", "bigvivit.advice", text], check=False, capture_output=True, text=True, env=env
@@ -235,13 +239,26 @@ def main() -> None:
 def explain(trial: Trial, room: Room) -> Iterator[str]:
     """What would fit; for a run that failed first what its step needs, and of what that is made."""
     if room.hardware is not None:
-        yield from suggest(trial, lambda setting: fit(setting, room)[0], PLAN, host=True)
+        yield from suggest(trial, lambda setting: confirm(setting, room), PLAN, host=True)
         return
     own, composition = fit(trial, room)
     need, there = format_bytes(own.peak_bytes), format_bytes(room.room_bytes)
     yield f"forecast, by a trace of the same step: it needs {need} of tensors where there is room for {there}"
     yield from composition
     yield from suggest(trial, lambda setting: fit(setting, room)[0], TRAIN, host=room.cuda)
+
+
+def confirm(trial: Trial, room: Room) -> Forecast:
+    """What a trace says, which is quick; where that fits a card, what a virtual GPU says, if there can be one."""
+    from bigvivit.plan import find_hardware
+    from bigvivit.trial_virtual import VirtualVerdict, try_virtual_gpu
+
+    traced = fit(trial, room)[0]
+    assert room.hardware is not None
+    found = try_virtual_gpu(trial, find_hardware(room.hardware)) if traced.fits else ""
+    if isinstance(found, VirtualVerdict):
+        return Forecast(found.expected.allocated_bytes, found.fits[0], "virtual")
+    return traced
 
 
 def fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:

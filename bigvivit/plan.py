@@ -234,6 +234,7 @@ def to_json(
             "fits": name_cases(virtual.fits),
             "peak_bytes": virtual.expected.allocated_bytes,
             "reserved_bytes": virtual.expected.reserved_bytes,
+            "host_locked_bytes": virtual.expected.locked_bytes,
             "out_of_memory": virtual.expected.out_of_memory,
             "capacity_bytes": name_cases(virtual.capacities),
         }
@@ -265,6 +266,7 @@ def print_virtual(trial: Trial, card: Accelerator, found: VirtualVerdict) -> Non
     print(f"  tensors at the peak   {format_bytes(step.allocated_bytes)}{until}, of the device")
     print(f"  reserved by PyTorch   {format_bytes(step.reserved_bytes)}{until}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
+    print(f"  host                  {format_bytes(step.locked_bytes)} page-locked")
 
 
 def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:

@@ -26,6 +26,8 @@ class VirtualStep:
 
     allocated_bytes: int
     reserved_bytes: int
+    locked_bytes: int
+    """Page-locked on the host, by PyTorch and for a tower that waits there."""
     out_of_memory: str | None
     """PyTorch's own words; None where it fits."""
 
@@ -91,6 +93,7 @@ def take_steps(text: str, rank: int, steps: int) -> VirtualStep:
     from bigvivit.assemble import choose_device
     from bigvivit.forecast.trace import repeat_batch
     from bigvivit.forecast.virtual_gpu.alone import start_alone
+    from bigvivit.forecast.virtual_gpu.inside import locked_bytes
     from bigvivit.memory.out_of_memory import is_out_of_memory
     from bigvivit.training.step import train_step
     from bigvivit.trial import Trial, build_trial
@@ -112,7 +115,8 @@ def take_steps(text: str, rank: int, steps: int) -> VirtualStep:
         if not is_out_of_memory(error):
             raise
         failed = ". ".join(str(error).split(". ")[:2])  # what it tried to allocate; the rest is advice
-    return VirtualStep(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), failed)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return VirtualStep(allocated, reserved, locked_bytes(), failed)
 
 
 def try_virtual_gpu(trial: Trial, card: Accelerator) -> VirtualVerdict | str:

@@ -110,7 +110,7 @@ def test_the_lines_name_the_settings_in_their_order() -> None:
     trial = TRIALS["stage 1"]
     lines = list(suggest(trial, lambda t: Forecast(1024, t.plan.recompute == 1 or t.clips == 1), TRAIN, host=False))
     assert lines[1:4:2] == ["  1. --optim.accumulate 4", "  2. --memory.recompute 1"]
-    assert lines[2] == "     1 KiB at the peak; the same numbers"
+    assert lines[2] == "     1 KiB at the peak (forecast); the same numbers"
     (only,) = suggest(trial, lambda t: Forecast(1024, False), TRAIN, host=False)
     assert "nothing that can be set" in only
 

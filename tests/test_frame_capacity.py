@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench.frame_capacity import probe
+from bench.frame_capacity import Arguments, main, probe
 from bigvivit.processes import RankFailed
 from bigvivit.trial import Trial
-from bigvivit.units import GiB
+from bigvivit.units import GiB, MiB
 
 
 def build(frames: int, **changes: Any) -> Trial:
     plan = {"compute": "fp32", "group": "all", "chunk": 2}
     values = {"stage": 2, "tower": "vit-b", "frames": frames, "size": 112, "layers": 1, "temporal_depth": 1}
     return Trial.from_json(json.dumps({**values, "plan": plan, **changes}))
+
+
+@pytest.mark.parametrize(("hardware", "evidence"), [("T4", "virtual"), ("2GiB", "forecast")])
+def test_cards_that_are_not_here(hardware: str, evidence: str, tmp_path: Path) -> None:
+    """A card of the table is probed; of memory alone there is a forecast."""
+    if evidence == "virtual" and torch.version.cuda is None:
+        pytest.skip("PyTorch without CUDA")
+    main(Arguments(hardware=hardware, layers=1, stages=(2,), plans=("paper",), most=32, results=tmp_path))
+    (report,) = tmp_path.glob("*.json")
+    (row,) = json.loads(report.read_text())["rows"]
+    assert row["evidence"] == evidence
+    assert row["forecast_frames"] == row.get("virtual_frames", 32) == 32
+    assert row.get("virtual_reserved_bytes", 2 * MiB) % (2 * MiB) == 0
 
 
 @pytest.mark.slow

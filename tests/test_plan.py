@@ -126,7 +126,7 @@ def test_one_of_several_ranks_runs_on_a_virtual_gpu() -> None:
 
 def test_settings_are_for_programs_too() -> None:
     config = PlanConfig(tower="vit-b", frames=8, hardware="24GiB", ds=Path("zero3"))
-    verdict = VirtualVerdict(VirtualStep(1, 2, None), (True, True, True), (1, 2, 3))
+    verdict = VirtualVerdict(VirtualStep(1, 2, 0, None), (True, True, True), (1, 2, 3))
     settings = to_json(config, find_hardware("24GiB"), None, verdict)["settings"]
     assert settings["memory"]["storage"] == "bf16"
     assert settings["probe"] == {"lr": [], "weight_decay": [], "depth": []}

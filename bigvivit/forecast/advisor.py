@@ -34,6 +34,7 @@ class Forecast:
 
     peak_bytes: int
     fits: bool
+    evidence: Literal["forecast", "virtual"] = "forecast"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Suggestion(Generic[T]):
     setting: T
     changes: Changes
     slowdown: float
-    peak_bytes: int
+    forecast: Forecast
 
 
 def advise(
@@ -71,7 +72,7 @@ def advise(
         for lever in alone:
             fitting = next((option for option in lever.options(start) if ask(option).fits), None)
             if fitting is not None:
-                found.append(Suggestion(fitting, level, lever.slowdown, ask(fitting).peak_bytes))
+                found.append(Suggestion(fitting, level, lever.slowdown, ask(fitting)))
             if len(found) == wanted:
                 return found
         if alone and len(found) == before:
@@ -114,7 +115,7 @@ def combine(start: T, levers: Sequence[Lever[T]], ask: Callable[[T], Forecast]) 
                 break
     setting = apply(start, chosen)
     level = max((lever.changes for lever, _ in chosen), key=LEVELS.index)
-    return Suggestion(setting, level, sum(lever.slowdown for lever, _ in chosen), ask(setting).peak_bytes)
+    return Suggestion(setting, level, sum(lever.slowdown for lever, _ in chosen), ask(setting))
 
 
 def apply(start: T, chosen: Chosen[T]) -> T:

@@ -51,7 +51,7 @@ def test_exact_before_rounded_before_fewer_frames_and_cheap_before_slow() -> Non
         Setting(chunk=2), Setting(offload=True), Setting(codes=True), Setting(frames=4)
     ]  # fmt: skip
     assert [s.changes for s in found] == ["nothing", "nothing", "rounding", "clips"]
-    assert [s.peak_bytes for s in found] == [140, 120, 130, 120]
+    assert [s.forecast.peak_bytes for s in found] == [140, 120, 130, 120]
 
 
 def test_each_lever_in_its_weakest_way_that_suffices() -> None:
@@ -74,7 +74,7 @@ def test_several_together_where_none_suffices_alone_and_none_of_them_in_vain() -
     assert first.changes == "rounding"
     (only,) = advise(Setting(), LEVERS, within(35))
     assert only.changes == "clips"
-    assert only.peak_bytes <= 35
+    assert only.forecast.peak_bytes <= 35
 
 
 def test_nothing_is_made_up_where_nothing_fits() -> None:

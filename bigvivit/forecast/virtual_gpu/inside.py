@@ -17,6 +17,7 @@ def library() -> ctypes.CDLL | None:
     if not hasattr(loaded, "bigvivit_virtual_gpu_driver_peak"):
         return None
     loaded.bigvivit_virtual_gpu_driver_peak.restype = ctypes.c_size_t
+    loaded.bigvivit_virtual_gpu_locked_peak.restype = ctypes.c_size_t
     loaded.bigvivit_virtual_gpu_launches.restype = ctypes.c_size_t
     return loaded
 
@@ -38,6 +39,11 @@ def driver_bytes(device: int = 0) -> int:
     """The most bytes that the driver of a virtual GPU had handed out to this process at once: contexts, PyTorch's
     segments and what was allocated past PyTorch. Raises RuntimeError where the process is on none."""
     return int(active_library().bigvivit_virtual_gpu_driver_peak(int(device)))
+
+
+def locked_bytes() -> int:
+    """The most bytes of the host's memory that this process had page-locked at once, by PyTorch or by itself."""
+    return int(active_library().bigvivit_virtual_gpu_locked_peak())
 
 
 def launches() -> int:

@@ -356,6 +356,21 @@ def ends() -> None:
     os._exit(3)
 
 
+def offload_to_pinned_memory() -> tuple[int, float, int]:
+    """(resident bytes that 256 MiB took which came from the device, their sum, page-locked bytes)."""
+    import psutil
+    import torch
+
+    from bigvivit.forecast.virtual_gpu.inside import locked_bytes
+
+    resident = psutil.Process().memory_info
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    before = resident().rss
+    host[: 2**20] = 1  # of which nothing is left
+    host.copy_(torch.ones(2**28, dtype=torch.uint8, device="cuda") * 2)
+    return resident().rss - before, float(host[:: 2**12].sum()), locked_bytes()
+
+
 def shard_alone(rank: int, world: int) -> tuple[int, int]:
     """(bytes that one rank of `world` keeps of a sharded layer, those of the layer)."""
     import torch

@@ -41,3 +41,13 @@ def test_blocks_that_another_stream_uses_stay_taken(card: Callable[[str], Any]) 
 
 def test_snapshots_are_recorded(card: Callable[[str], Any]) -> None:
     assert card("T4").call(programs.snapshot_kinds) >= {"alloc", "free_requested", "free_completed"}
+
+
+@pytest.mark.usefixtures("library")
+def test_what_is_offloaded_takes_no_memory_of_the_host() -> None:
+    """A step that offloads 28 GiB can be planned on a laptop."""
+    with virtual_gpu("T4") as gpu:
+        resident, total, locked = gpu.call(programs.offload_to_pinned_memory)
+    assert resident < 16 * MiB
+    assert total == 0
+    assert locked == 256 * MiB

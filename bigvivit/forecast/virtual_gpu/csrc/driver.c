@@ -166,7 +166,7 @@ EXPORT int cuMemMap(uint64_t address, size_t size, size_t offset, struct physica
     *made = (struct mapping){address, handle, mappings};
     mappings = made;
     unlock_lists();
-    return add_range((struct range){address, size, 0, handle->device, DEVICE_MEMORY});
+    return add_range((struct range){address, size, 0, handle->device, DEVICE_MEMORY, 0});
 }
 /* PyTorch unmaps what it mapped piece by piece; a size over several pieces unmaps them all. */
 EXPORT int cuMemUnmap(uint64_t address, size_t size) {

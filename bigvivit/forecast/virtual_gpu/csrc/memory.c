@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define STEP (32 * MIB)                 /* addresses of allocations, as seen on real GPUs */
 #define LOWEST ((uint64_t)1 << 42)      /* of device addresses: hosts use lower and higher ones */
@@ -207,7 +208,7 @@ int device_allocate(int device, size_t size, uint64_t *address) {
     int result = take(device, pages(size));
     if (result == SUCCESS && (result = take_addresses(device, size, address)) != SUCCESS)
         devices[device].used -= pages(size);
-    if (result == SUCCESS) insert_range((struct range){*address, size, pages(size), device, DEVICE_MEMORY});
+    if (result == SUCCESS) insert_range((struct range){*address, size, pages(size), device, DEVICE_MEMORY, 0});
     pthread_mutex_unlock(&lock);
     return result;
 }
@@ -284,15 +285,39 @@ EXPORT int cudaMemPoolSetAccess(void *pool, const void *access, size_t n) { retu
 EXPORT int cudaMemPoolTrimTo(void *pool, size_t keep) { return (void)pool, (void)keep, SUCCESS; }
 
 /* The host's memory: pinned, managed, registered. */
+static size_t locked, locked_peak; /* page-locked by this process */
+EXPORT size_t bigvivit_virtual_gpu_locked_peak(void) { return __atomic_load_n(&locked_peak, __ATOMIC_RELAXED); }
+
+static int lock_pages(struct range added) {
+    int result = add_range(added);
+    size_t now = __atomic_add_fetch(&locked, added.size, __ATOMIC_RELAXED);
+    if (now > __atomic_load_n(&locked_peak, __ATOMIC_RELAXED)) __atomic_store_n(&locked_peak, now, __ATOMIC_RELAXED);
+    return result;
+}
+
+/* Zeros take no memory where pages can be given back: they read as zero. What came from the device mostly is zero, and
+ * a host that keeps what a 80 GB card offloads need not be at hand. */
+void clear_bytes(void *to, size_t size) {
+    struct range found;
+    uint64_t low = ((uint64_t)to + 4095) & ~(uint64_t)4095, high = ((uint64_t)to + size) & ~(uint64_t)4095;
+    if (size < MIB || !find_range((uint64_t)to, &found) || !found.ours || madvise((void *)low, high - low, MADV_DONTNEED)) {
+        memset(to, 0, size);
+        return;
+    }
+    memset(to, 0, low - (uint64_t)to);
+    memset((void *)high, 0, (uint64_t)to + size - high);
+}
+
 static int host_allocate(void **pointer, size_t size, enum memory_kind kind) {
     if (posix_memalign(pointer, 4096, size ? size : 1)) return fail(OUT_OF_MEMORY);
-    return add_range((struct range){(uint64_t)*pointer, size, 0, current_device(), kind});
+    return lock_pages((struct range){(uint64_t)*pointer, size, 0, current_device(), kind, 1});
 }
 static int host_free(void *pointer, enum memory_kind kind) {
     struct range removed;
     if (!pointer) return SUCCESS;
     if (remove_range((uint64_t)pointer, &removed) != SUCCESS) return fail(INVALID_VALUE);
-    if (removed.kind != kind) return add_range(removed), fail(INVALID_VALUE);
+    if (removed.kind != kind || !removed.ours) return add_range(removed), fail(INVALID_VALUE);
+    __atomic_sub_fetch(&locked, removed.size, __ATOMIC_RELAXED);
     free(pointer);
     return SUCCESS;
 }
@@ -312,11 +337,13 @@ EXPORT int cudaHostRegister(void *pointer, size_t size, unsigned flags) {
     struct range found;
     (void)flags;
     if (find_range((uint64_t)pointer, &found)) return fail(HOST_ALREADY_REGISTERED);
-    return add_range((struct range){(uint64_t)pointer, size, 0, current_device(), HOST_MEMORY});
+    return lock_pages((struct range){(uint64_t)pointer, size, 0, current_device(), HOST_MEMORY, 0});
 }
 EXPORT int cudaHostUnregister(void *pointer) {
     struct range removed;
-    return remove_range((uint64_t)pointer, &removed) == SUCCESS ? SUCCESS : fail(HOST_NOT_REGISTERED);
+    if (remove_range((uint64_t)pointer, &removed) != SUCCESS) return fail(HOST_NOT_REGISTERED);
+    __atomic_sub_fetch(&locked, removed.size, __ATOMIC_RELAXED);
+    return SUCCESS;
 }
 EXPORT int cudaHostGetDevicePointer(void **device, void *host, unsigned flags) { return (void)flags, *device = host, 0; }
 EXPORT int cudaHostGetFlags(unsigned *flags, void *host) { return (void)host, *flags = 0, SUCCESS; }

@@ -79,7 +79,7 @@ void set_values(uint64_t address, const void *bytes, size_t size) {
 
 int64_t get_values(uint64_t address, void *to, size_t size) {
     int64_t found = 0;
-    memset(to, 0, size);
+    clear_bytes(to, size);
     pthread_mutex_lock(&lock);
     for (size_t at = first_behind(address); at < count && table[at].address < address + size; at++) {
         uint64_t low = table[at].address > address ? table[at].address : address;

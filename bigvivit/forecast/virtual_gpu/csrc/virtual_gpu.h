@@ -67,6 +67,7 @@ struct range {
     size_t charged; /* bytes of the device that this takes */
     int device;
     enum memory_kind kind;
+    int ours; /* of the host's, made here and not by the program */
 };
 int device_allocate(int device, size_t size, uint64_t *address);
 int device_free(uint64_t address);
@@ -79,6 +80,7 @@ void device_memory(int device, size_t *free_bytes, size_t *total_bytes);
 int reserve_addresses(int device, size_t size, uint64_t *address);
 void release_addresses(int device, uint64_t address, size_t size);
 int add_range(struct range added);
+void clear_bytes(void *to, size_t size); /* of the host's */
 int remove_range(uint64_t address, struct range *removed);
 
 /* values.c */
