@@ -30,6 +30,7 @@ from bigvivit.forecast.card import judge, resolve_types
 from bigvivit.forecast.hardware import find_local_gpus
 from bigvivit.forecast.overhead import capacity, forecast_overhead
 from bigvivit.forecast.trace import STEPS
+from bigvivit.forecast.virtual_gpu import is_active
 from bigvivit.plan import find_hardware
 from bigvivit.processes import RankFailed, run_ranks
 from bigvivit.training.report import run_bench, write_report
@@ -266,8 +267,9 @@ def main(arguments: Arguments) -> None:
             "key": key, "where": where, "tower": trial.tower, "stage": trial.stage, "plan": name,
             "evidence": evidence,
         }  # fmt: skip
-        if evidence == "measured":
+        if arguments.hardware is None:
             row |= measure(trial, limit, device, arguments.most, guess=expected.frames, forecast=forecast)
+            row[f"{evidence}_frames"] = row.pop("found_frames")
         elif evidence == "virtual":
             assert card is not None
             row |= probe_virtual(trial, card, arguments.most, guess=expected.frames)
@@ -286,7 +288,7 @@ def main(arguments: Arguments) -> None:
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
-    here = torch.device(device if evidence == "measured" else "cpu")
+    here = torch.device(device if arguments.hardware is None else "cpu")
     stem = write_report(arguments.results, bench, device=here, settings=settings, rows=rows)
     draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
     kept.unlink(missing_ok=True)
@@ -321,13 +323,14 @@ def find_card(arguments: Arguments) -> Accelerator | None:
         return None
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
-    return find_local_gpus()[0].accelerator
+    probed = str(torch.cuda.get_device_properties(0).uuid)
+    return next(gpu.accelerator for gpu in find_local_gpus() if probed in gpu.uuid)
 
 
 def choose_evidence(arguments: Arguments, card: Accelerator | None) -> str:
     """What the capacities will be; says why where it is a forecast alone."""
     if arguments.hardware is None:
-        return "measured"
+        return "virtual" if is_active() else "measured"  # in a process on virtual GPUs nothing is measured
     assert card is not None
     reason = why_not_virtual(card)
     if reason is None:
@@ -372,7 +375,7 @@ def measure(
         return found is not None
 
     found = find_capacity(fits, unit=trial.tubelet, most=most, guess=max(trial.tubelet, guess))
-    row: dict[str, Any] = {"measured_frames": found.frames, "probes": len(found.probes)}
+    row: dict[str, Any] = {"found_frames": found.frames, "probes": len(found.probes)}
     if limit is not None and found.frames:
         imports, libraries = beside_tensors(replace(trial, frames=found.frames), last[found.frames])
         peak = forecast.peak(found.frames)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.frame_capacity import Arguments, main, probe
+from bench.frame_capacity import ROOT, Arguments, main, probe
+from bigvivit.forecast.virtual_gpu import environment
 from bigvivit.processes import RankFailed
 from bigvivit.trial import Trial
 from bigvivit.units import GiB, MiB
@@ -32,6 +36,22 @@ def test_cards_that_are_not_here(hardware: str, evidence: str, tmp_path: Path) -
     assert row["evidence"] == evidence
     assert row["forecast_frames"] == row.get("virtual_frames", 32) == 32
     assert row.get("virtual_reserved_bytes", 2 * MiB) % (2 * MiB) == 0
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
+def test_nothing_is_measured_on_a_virtual_gpu(tmp_path: Path) -> None:
+    """The path of a local GPU runs there too, and its report says what it ran on."""
+    words = ["--layers", "1", "--stages", "2", "--plans", "cpu", "--most", "16", "--results", str(tmp_path)]
+    env = {**os.environ, **environment("T4")}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "bench/frame_capacity.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["machine"]["device"] == "Tesla T4 (virtual)"
+    (row,) = report["rows"]
+    assert (row["evidence"], row["virtual_frames"], "measured_frames" in row) == ("virtual", 16, False)
 
 
 @pytest.mark.slow

@@ -59,6 +59,8 @@ class LocalGpu:
     """A GPU of this machine, by NVML."""
 
     index: int
+    uuid: str
+    """Of the card: CUDA's own order of devices may be another than NVML's, which goes by bus."""
     name: str
     memory_bytes: int
     """NVML's total, which counts what the driver keeps for itself: a little above what programs can have."""
@@ -82,7 +84,8 @@ def find_local_gpus() -> list[LocalGpu]:
     gpus = []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        for index in choose_visible([as_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]):
+        uuids = [as_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        for index in choose_visible(uuids):
             handle = handles[index]
             name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = as_text(name)
@@ -95,7 +98,7 @@ def find_local_gpus() -> list[LocalGpu]:
                 row = replace(
                     accelerator_by_hand(free, 10 * major + minor), name=name, memory_source="free now, by NVML"
                 )
-            gpus.append(LocalGpu(index, name, total, free, row))
+            gpus.append(LocalGpu(index, uuids[index], name, total, free, row))
     except pynvml.NVMLError as error:
         raise ConfigError(f"NVML cannot describe GPU {len(gpus)} ({error}): name the hardware instead") from None
     finally:
