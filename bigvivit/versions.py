@@ -59,7 +59,7 @@ PACKAGES: dict[str, Package] = {
     package.name: package
     for package in (
         Package(
-            name="torch", module="torch", range=">=2.11,<2.16", tested=("2.11", "2.14"), use="everything"
+            name="torch", module="torch", range=">=2.11,<2.16", tested=("2.11", "2.15"), use="everything"
         ),
         Package(
             name="transformers", module="transformers", range=">=5.17,<6", tested=("5.17", "5.24"),
@@ -68,13 +68,13 @@ PACKAGES: dict[str, Package] = {
         Package(name="safetensors", module="safetensors", range=">=0.8", tested=("0.8", "0.8"), use="weights"),
         Package(name="tyro", module="tyro", range=">=1.0.17", tested=("1.0", "1.0"), use="every command line"),
         Package(name="rich", module="rich", range=">=14.3", tested=("14.3", "15.0"), use="tables on the terminal"),
-        Package(name="numpy", module="numpy", range=">=2", tested=("2.0", "2.4"), use="reading videos"),
+        Package(name="numpy", module="numpy", range=">=2", tested=("2.0", "2.5"), use="reading videos"),
         Package(
             name="torchvision", module="torchvision", range=">=0.26", tested=("0.26", "0.29"),
             use="resizing the frames of videos: train, eval, predict, drift",
         ),
         Package(
-            name="av", module="av", range=">=16,<20", tested=("16.0", "18.1"),
+            name="av", module="av", range=">=16,<20", tested=("16.0", "19.0"),
             use="reading videos: train, eval, predict, drift, check, demo",
         ),
         Package(name="decord", module="decord", range=">=0.6", tested=("0.6", "0.6"), use="the faster video decoder"),
