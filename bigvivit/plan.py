@@ -19,6 +19,7 @@ from bigvivit.config import (
     check_memory,
 )
 from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.calibration import AUTO, choose
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan
@@ -81,6 +82,9 @@ class PlanConfig:
     """Shard with FSDP2."""
     without: tuple[Literal["attention", "foreach", "in-place", "workspaces"], ...] = ()
     """Corrections for CUDA to leave out; --explain lists them with what each makes."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the card, in place of the tables' constants: `auto` for the newest in your
+    cache folder, a file of its own, or `none`."""
     explain: bool = False
     """Say what the peak is made of."""
     timeline: Path | None = None
@@ -129,7 +133,7 @@ def find_hardware(name: str) -> Accelerator:
 
 def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
-    card = find_hardware(config.hardware)
+    card = choose(find_hardware(config.hardware), config.calibration)
     batch_size = config.clips * config.ranks
     optim = OptimConfig(
         name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema, fused=config.fused
@@ -211,11 +215,17 @@ def describe(trial: Trial, card: Accelerator) -> str:
     return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {heads}{ranks}{card.name}"
 
 
+def print_calibration(card: Accelerator) -> None:
+    """Where constants are not the tables'."""
+    if card.measured is not None and card.measured.context_bytes is not None:
+        print(f"  context               {format_bytes(card.measured.context_bytes[1])}, {card.measured.where}")
+
+
 def to_json(
     config: PlanConfig, card: Accelerator, verdict: Verdict | None, virtual: VirtualVerdict | str
 ) -> dict[str, Any]:
     """For programs; bytes throughout. Of a trace, where there is one, also what the peak is made of."""
-    found: dict[str, Any] = {"hardware": card.name}
+    found: dict[str, Any] = {"hardware": card.name, "calibration": card.measured and asdict(card.measured)}
     if isinstance(virtual, str):
         assert verdict is not None
         found |= {
@@ -264,6 +274,7 @@ def print_virtual(trial: Trial, card: Accelerator, found: VirtualVerdict) -> Non
     print(f"  tensors at the peak   {format_bytes(step.allocated_bytes)}{until}, of the device")
     print(f"  reserved by PyTorch   {format_bytes(step.reserved_bytes)}{until}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
+    print_calibration(card)
 
 
 def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
@@ -277,6 +288,7 @@ def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
     else:
         print(f"  out of memory         {expected.out_of_memory}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
+    print_calibration(card)
     print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import context
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> V
     the trial's own building raises."""
     from bigvivit.forecast.virtual_gpu import virtual_gpu
 
-    part = context(card)
+    part, taken = context(card), context(find_accelerator(card.name)).expected_bytes
     total = card.memory_bytes
-    # The library takes the expected context off what the card has: another context is another memory.
-    totals = [total - (size - part.expected_bytes) for size in (part.high_bytes, part.expected_bytes, part.low_bytes)]
+    # The library takes the table's context off what the card has: another context is another memory.
+    totals = [total - (size - taken) for size in (part.high_bytes, part.expected_bytes, part.low_bytes)]
     runs: dict[int, VirtualStep] = {}
 
     def run(memory_bytes: int) -> VirtualStep:
@@ -65,11 +66,11 @@ def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> V
     worst, middle, best = totals
     expected = run(middle)
     if expected.out_of_memory is None:
-        room = worst - part.expected_bytes
+        room = worst - taken
         fits = expected.reserved_bytes <= room or run(worst).out_of_memory is None, True, True
     else:
         fits = False, False, run(best).out_of_memory is None
-    return VirtualVerdict(expected, fits, tuple(value - part.expected_bytes for value in totals))  # type: ignore[arg-type]
+    return VirtualVerdict(expected, fits, tuple(value - taken for value in totals))  # type: ignore[arg-type]
 
 
 def take_steps(text: str, steps: int) -> VirtualStep:

@@ -79,10 +79,14 @@ def joined(first: str, variable: str, separators: str) -> str:
 
 
 class Child:
-    """A process on virtual GPUs in which functions are called, one after another; it is started by the first call."""
+    """A process in which functions are called, one after another; it is started by the first call.
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self._env = env
+    `env` are variables in addition to the present ones, those of `environment` for virtual GPUs; `name` is for
+    messages.
+    """
+
+    def __init__(self, env: dict[str, str], name: str = "the child process on virtual GPUs") -> None:
+        self._env, self._name = env, name
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -142,7 +146,12 @@ class Child:
         code = self._process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         text = self._show_errors().partition("Current thread's C stack trace")[0].strip()  # which Python 3.14 adds
-        return f"the child process on virtual GPUs ended ({how}): {text[-2000:] or 'it wrote nothing'}"
+        return f"{self._name} ended ({how}): {text[-2000:] or 'it wrote nothing'}"
+
+    def kill(self) -> None:
+        """End the process at once, from another thread: the call that waits for it raises VirtualGpuError."""
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
         if self._connection is not None and self._process is not None:
