@@ -19,7 +19,7 @@ from bigvivit.config import (
     check_memory,
 )
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.calibration import AUTO, choose
+from bigvivit.forecast.calibration import AUTO, choose, find_cpu
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bigvivit.trial import Trial
     from bigvivit.trial_virtual import VirtualVerdict
 
+CPU = "cpu"
 RANKS = 8
 """Over which sharding is compared where the plan has one rank only."""
 
@@ -49,7 +50,8 @@ class PlanConfig:
     frames: int
     """Frames per clip."""
     hardware: str
-    """An accelerator of the table, such as `2080 Ti` or `A100 80GB`, or memory alone, such as 24GiB."""
+    """An accelerator of the table, such as `2080 Ti` or `A100 80GB`, memory alone, such as 24GiB, or `cpu`: this
+    machine's, once `bigvivit calibrate` has measured it."""
     stage: Literal[1, 2] = 2
     """1: the whole model trains. 2: adapter, temporal transformer and head train above a frozen tower."""
     ranks: int = 1
@@ -98,6 +100,8 @@ class PlanConfig:
         for name in ("ranks", "clips", "temporal_depth", "classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hardware.lower() == CPU and (self.ranks > 1 or self.without):
+            raise ConfigError("hardware=cpu is for one rank, and has no corrections for CUDA: leave out what is")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.ema and self.ds is not None:
@@ -133,7 +137,8 @@ def find_hardware(name: str) -> Accelerator:
 
 def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
-    card = choose(find_hardware(config.hardware), config.calibration)
+    on_host = config.hardware.lower() == CPU
+    card = find_cpu(config.calibration) if on_host else choose(find_hardware(config.hardware), config.calibration)
     batch_size = config.clips * config.ranks
     optim = OptimConfig(
         name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema, fused=config.fused
@@ -141,7 +146,7 @@ def plan(config: PlanConfig) -> None:
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
     require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
-    from bigvivit.forecast.card import judge, resolve_types
+    from bigvivit.forecast.card import judge, judge_on_host, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead
     from bigvivit.trial import Trial, trace_trial
     from bigvivit.trial_virtual import try_virtual_gpu
@@ -160,7 +165,7 @@ def plan(config: PlanConfig) -> None:
         optimizer=config.optimizer,
         fused=config.fused,
         ema=config.ema,
-        plan=resolve_types(config.memory, card),
+        plan=config.memory if on_host else resolve_types(config.memory, card),
         fsdp=config.fsdp,
         ds=ds,
         world=config.ranks,
@@ -172,8 +177,12 @@ def plan(config: PlanConfig) -> None:
     verdict = None
     if isinstance(virtual, str) or config.explain or config.timeline or config.snapshot:
         with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
-            trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
-        verdict = judge(trace, card, ranks=config.ranks, without=config.without)
+            on_card = None if on_host else card
+            trace = trace_trial(trial, free_bytes=there, host=not on_host, card=on_card, without=config.without)
+        if on_host:
+            verdict = judge_on_host(trace, card)
+        else:
+            verdict = judge(trace, card, ranks=config.ranks, without=config.without)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline
 
@@ -196,13 +205,18 @@ def plan(config: PlanConfig) -> None:
     if config.explain:
         assert verdict is not None
         print_composition(verdict)
-        if trial.stage == 2:
+        if trial.stage == 2 and not on_host:
             print("\n".join(compare_sharding(trial, card)))
-        print_corrections(verdict, config)
+        if not on_host:
+            print_corrections(verdict, config)
     if not fits[1]:
         from bigvivit.advice import Room, ask_for_advice
 
-        print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
+        print(
+            "\n".join(
+                ask_for_advice(trial, Room(there, cuda=not on_host, hardware=None if on_host else config.hardware))
+            )
+        )
     for path in (config.timeline, config.snapshot):
         if path is not None:
             print(f"wrote {path}")
@@ -218,7 +232,8 @@ def describe(trial: Trial, card: Accelerator) -> str:
 def print_calibration(card: Accelerator) -> None:
     """Where constants are not the tables'."""
     if card.measured is not None and card.measured.context_bytes is not None:
-        print(f"  context               {format_bytes(card.measured.context_bytes[1])}, {card.measured.where}")
+        name = "beside tensors" if card.on_host else "context"
+        print(f"  {name:21} {format_bytes(card.measured.context_bytes[1])}, {card.measured.where}")
 
 
 def to_json(
@@ -283,13 +298,14 @@ def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
     low, there, high = verdict.capacities
     print(f"{describe(trial, card)}: {verdict.word} (forecast)")
     print(f"  tensors at the peak   {format_bytes(trace.peak_bytes())}, of the device")
-    if expected.out_of_memory is None:
-        print(f"  reserved by PyTorch   {format_bytes(expected.peak_reserved_bytes)}")
-    else:
+    if expected.out_of_memory is not None:
         print(f"  out of memory         {expected.out_of_memory}")
+    elif not card.on_host:
+        print(f"  reserved by PyTorch   {format_bytes(expected.peak_reserved_bytes)}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
     print_calibration(card)
-    print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
+    if not card.on_host:
+        print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
 
 
 def print_composition(verdict: Verdict) -> None:

@@ -43,6 +43,8 @@ def why_not_virtual(trial: Trial, card: Accelerator) -> str | None:
     """Why a step cannot be run on a virtual GPU; None where it can, as far as that is known before it is tried."""
     if trial.world > 1 or trial.ds is not None or trial.fsdp:
         return "one process stands for one of several ranks"
+    if card.on_host:
+        return "the step is a CPU's"
     return None if card.device is not None else f"{card.name} is not a card of the table that NVIDIA made"
 
 

@@ -69,7 +69,7 @@ def errors(journal: Journal) -> list[dict[str, Any]]:
                 continue
             row[what] = found[what]
             for other in ("virtual", "forecast"):
-                answer = journal.found(key, other)  # type: ignore[arg-type]
+                answer = journal.found(key, other)
                 if answer is not None and what in answer:
                     row[f"{other}_{what}"] = answer[what]
                     if found[what]:

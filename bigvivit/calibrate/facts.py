@@ -71,7 +71,7 @@ def list_works(device: torch.device) -> list[tuple[str, Callable[[], Tensor | No
     small_image, small_kernel = image.bfloat16(), kernel.bfloat16()
 
     def backward() -> None:
-        (a @ weight).sum().backward()  # type: ignore[no-untyped-call]
+        (a @ weight).sum().backward()
 
     return [
         ("product_fp32", lambda: drop(torch.mm(a, b, out=out))),
@@ -96,9 +96,9 @@ def choose_kernels() -> dict[str, Any]:
     device, found = cuda(), {}
     for name, (heads, width, tokens) in SHAPES.items():
         for word, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-            qkv = [torch.randn(2, heads, tokens, width, device=device, dtype=dtype) for _ in range(3)]
-            frozen = int(torch.ops.aten._fused_sdp_choice(*qkv))
-            node = F.scaled_dot_product_attention(*(each.requires_grad_() for each in qkv)).grad_fn
+            q, k, v = (torch.randn(2, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
+            frozen = int(torch.ops.aten._fused_sdp_choice(q, k, v))
+            node = F.scaled_dot_product_attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_()).grad_fn
             own = type(node).__name__
             found[f"{name}_{word}_trains"] = next((kernel for part, kernel in KERNELS.items() if part in own), "math")
             found[f"{name}_{word}_frozen"] = name_kernel(SDPBackend, frozen)

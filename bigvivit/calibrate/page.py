@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigvivit.calibrate.constants import errors
-from bigvivit.calibrate.journal import Journal
+from bigvivit.calibrate.journal import Journal, Side
 from bigvivit.calibrate.rows import Row
 from bigvivit.forecast.calibration import Calibration
 from bigvivit.training.report import format_cell
@@ -80,16 +80,16 @@ def tell_memory(journal: Journal) -> Iterator[str]:
         return
     yield from ("", "## Peaks of PyTorch's allocator over loading and three steps", "")
     columns = ["allocated", "reserved"] if journal.identity["device"] == "cuda" else ["allocated"]
-    headings = ["step"]
+    headings, sides = ["step"], sides_of(journal)
     for what in columns:
-        headings += [f"{what}, {journal.identity['evidence']}", "virtual", "forecast"]
+        headings += [f"{what}, {journal.identity['evidence']}", *sides]
     replayed = journal.identity["device"] == "cuda"
     rows = []
     for row in found:
         cells = [row["name"]]
         for what in columns:
             cells.append(format_cell(f"{what}_bytes", row[f"{what}_bytes"]))
-            cells += [tell_error(row.get(f"{other}_{what}_error")) for other in ("virtual", "forecast")]
+            cells += [tell_error(row.get(f"{other}_{what}_error")) for other in sides]
         if replayed:
             own = journal.rows[f"memory: {row['name']}", "device"]
             cells.append(str(own.get("replay", "")))
@@ -102,9 +102,23 @@ def tell_capacities(journal: Journal) -> Iterator[str]:
     found = [row for row in errors(journal) if row["group"] == "capacity"]
     if found:
         yield from ("", "## The most frames that fit, under so much of PyTorch's allocator", "")
-        names = ("frames", "virtual_frames", "forecast_frames")
-        rows = [[row["name"], *(str(row.get(name, "")) for name in names)] for row in found]
-        yield from table(["step", journal.identity["evidence"], "virtual", "forecast"], rows)
+        sides = sides_of(journal)
+        rows = []
+        for row in found:
+            answers = [journal.found(f"capacity: {row['name']}", side) for side in ("device", *sides)]
+            rows.append([row["name"], *("" if each is None else tell_frames(each) for each in answers)])
+        yield from table(["step", journal.identity["evidence"], *sides], rows)
+
+
+def tell_frames(row: dict[str, Any]) -> str:
+    """`64`, or `1024+` where the search ended."""
+    return f"{row['frames']}{'+' if row['beyond'] else ''}"
+
+
+def sides_of(journal: Journal) -> list[Side]:
+    """Who else answered, of whatever row."""
+    others: tuple[Side, ...] = ("virtual", "forecast")
+    return [side for side in others if any(found == side for _, found in journal.rows)]
 
 
 def tell_others(journal: Journal, groups: tuple[str, ...]) -> Iterator[str]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from bigvivit.assemble import choose_device
 from bigvivit.calibrate.device import seconds_of
 from bigvivit.memory.placement import DiskPlacement
-from bigvivit.units import MiB
 
 REPEATS = 5
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

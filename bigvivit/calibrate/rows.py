@@ -60,7 +60,7 @@ class Row:
     fresh: bool = False
     """In a process that has done nothing yet."""
     alone: bool = False
-    """Nothing else computes meanwhile: it is about seconds."""
+    """It is about seconds: where there are few cores nothing else computes meanwhile."""
 
     @property
     def key(self) -> str:
@@ -79,7 +79,7 @@ def list_rows(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> l
 
 
 def list_cuda(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> Iterator[Row]:
-    """Facts, memory, capacities, rates, seconds."""
+    """Facts, memory, rates, seconds, capacities."""
     card = {name: identity[name] for name in ("card", "capability", "memory_bytes")}
     both: tuple[Side, ...] = ("device", "virtual")
     yield Row("facts", "context", 5.0, {"device": facts.measure_context}, fresh=True)
@@ -95,15 +95,16 @@ def list_cuda(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> I
             "virtual": partial(cells.run_on_gpu, text, None),
         }
         yield Row("memory", name, seconds if trial.plan.storage == "bf16" else 10 * seconds, jobs)
+    yield Row("rates", "link", 2.0, {"device": partial(rates.measure_link, 256 * MiB)}, alone=True)
+    yield Row("rates", "products", 4.0, {"device": partial(rates.measure_products, "cuda", 8192)}, alone=True)
+    yield Row("rates", "disk", 4.0, {"device": partial(rates.measure_disk, "cuda", 256 * MiB)}, alone=True)
+    yield from list_times("cuda", towers, "bf16" if bf16 else "fp32")
+    # The forecasts are ahead of the device by now, and each search begins where they ended.
     for name, trial, limit in list_capacities(towers, "bf16" if bf16 else "fp32"):
         search: dict[str, Any] = {"trial": trial.to_json(), "limit_bytes": limit, "most": MOST_FRAMES}
         on_card = partial(cells.find_frames, **search, guess=None)
         jobs = {"device": on_card, "forecast": partial(cells.forecast_frames, **search, **card), "virtual": on_card}
         yield Row("capacity", name, 5 * SECONDS.get(trial.tower, 3.0), jobs)
-    yield Row("rates", "link", 2.0, {"device": partial(rates.measure_link, 256 * MiB)}, alone=True)
-    yield Row("rates", "products", 4.0, {"device": partial(rates.measure_products, "cuda", 8192)}, alone=True)
-    yield Row("rates", "disk", 4.0, {"device": partial(rates.measure_disk, "cuda", 256 * MiB)}, alone=True)
-    yield from list_times("cuda", towers, "bf16" if bf16 else "fp32")
 
 
 def list_cpu(towers: tuple[str, ...]) -> Iterator[Row]:
@@ -114,6 +115,8 @@ def list_cpu(towers: tuple[str, ...]) -> Iterator[Row]:
     yield Row("rates", "products", 3.0, {"device": partial(rates.measure_products, "cpu", 1024)}, alone=True)
     yield Row("rates", "disk", 3.0, {"device": partial(rates.measure_disk, "cpu", 64 * MiB)}, alone=True)
     for _, name, trial in list_trials(towers, "fp32"):
+        if trial.plan.storage != "bf16" or name.endswith(("offload", "bf16 masters")):
+            continue  # a minute is short
         text = trial.to_json()
         jobs: dict[Side, Job] = {
             "device": partial(cells.run_on_cpu, text),
@@ -162,7 +165,10 @@ def build(
 def list_capacities(towers: tuple[str, ...], compute: str) -> Iterator[tuple[str, Trial, int]]:
     """(name, trial, bytes): what only the largest memory holds of the giant tower comes before what is quick."""
     small, giant = towers[0], towers[-1]
-    found = [(giant, 1, "recompute", 24), *((small, 1, "sgd", gib) for gib in EMULATED)]
+    found: list[tuple[str, Literal[1, 2], str, int]] = [
+        (giant, 1, "recompute", 24),
+        *((small, 1, "sgd", gib) for gib in EMULATED),
+    ]
     found += [(giant, 1, "sgd", 24), (giant, 2, "paper", 11), (giant, 1, "recompute", 16), (small, 1, "adamw", 11)]
     seen = set()
     for tower, stage, kind, gib in found:
@@ -177,11 +183,12 @@ def list_capacities(towers: tuple[str, ...], compute: str) -> Iterator[tuple[str
 
 def list_times(device: str, towers: tuple[str, ...], compute: str) -> Iterator[Row]:
     """Whole steps of both stages on the same frames; the tower alone, streamed and batched."""
+    steps: list[tuple[Literal[1, 2], str, dict[str, Any]]]
     for tower in reversed(towers):
         seconds = 2 * SECONDS.get(tower, 3.0)
         steps = [(1, "sgd", {}), *((2, kind, STREAMED[kind]) for kind in ("paper", "layer-major", "chunk-major"))]
         for stage, kind, plan in steps:
-            text = build(tower, stage, STEP_FRAMES, plan, compute).to_json()  # type: ignore[arg-type]
+            text = build(tower, stage, STEP_FRAMES, plan, compute).to_json()
             job = partial(times.time_step, device, text)
             yield Row(
                 "times", f"step, {name_of(tower, stage, STEP_FRAMES, kind)}", seconds, {"device": job}, alone=True

@@ -22,6 +22,8 @@ LONGEST_REASON = 400
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", **ONE_CORE}
 """Of the process that traces: it must not touch the device."""
+ENOUGH_CORES = 4
+"""For a program that is timed and one that computes beside it."""
 OTHERS: tuple[Side, ...] = ("forecast", "virtual")
 EVIDENCE: dict[Side, str] = {"virtual": "virtual", "forecast": "forecast"}
 
@@ -109,20 +111,15 @@ class Session:
             for row in self.rows:
                 if row.fresh and self.is_open(row, "device"):
                     self.workers["device"].close()
-                with self.silence() if row.alone else nullcontext():
+                if row.alone and self.journal.identity["cores"] < ENOUGH_CORES:
+                    self.others_may.clear()
+                    with self.quiet:  # they are through with the row they were at
+                        self.ask("device", row, answered)
+                else:
+                    self.others_may.set()
                     self.ask("device", row, answered)
                 if not self.apart:
                     self.ask("forecast", row, answered)
-
-    @contextmanager
-    def silence(self) -> Iterator[None]:
-        """The others end the row they are at, and wait."""
-        self.others_may.clear()
-        try:
-            with self.quiet:
-                yield
-        finally:
-            self.others_may.set()
 
     @contextmanager
     def others(self, answered: Callable[[dict[str, Any]], None]) -> Iterator[None]:
@@ -131,9 +128,11 @@ class Session:
         thread.start()
         try:
             yield
+            self.others_may.set()
             thread.join()
         finally:
             self.stopped = True
+            self.others_may.set()
             while thread.is_alive():  # it may be about to start one
                 for worker in self.workers.values():
                     worker.kill()

@@ -73,6 +73,8 @@ class Accelerator:
     """What a virtual GPU shows; None on others."""
     measured: Measured | None = None
     """Of rows that a calibration was found for."""
+    on_host: bool = False
+    """A processor: tensors are malloc's in the host's memory, and nothing is CUDA's."""
 
 
 def kernels_of(capability: int | None) -> tuple[Kernel, ...]:

@@ -1,7 +1,7 @@
 """What `bigvivit calibrate` measured on one card, and how it takes the place of tables' constants in forecasts.
 
-Kept in the user's cache folder under the card's name and driver. A file of a virtual GPU has the same form, says so, and
-is never taken.
+Kept in the user's cache folder under the card's name and driver. A file of a virtual GPU has the same form, says so,
+and is never taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator, Measured
@@ -153,11 +152,55 @@ def choose(card: Accelerator, option: str) -> Accelerator:
 
 def apply(card: Accelerator, calibration: Calibration) -> Accelerator:
     """The row with its measured constants."""
-    memory = {}
     if card.device is not None and card.memory_source != "free now, by NVML":
-        memory = {"memory_bytes": calibration.memory_bytes, "memory_source": calibration.where}
-    values: dict[str, Any] = {
-        name: getattr(calibration, name)
-        for name in ("context_bytes", "workspace_bytes", "scratch_bytes", "rates", "host_bandwidth")
-    }
-    return replace(card, **memory, measured=Measured(where=calibration.where, **values))
+        card = replace(card, memory_bytes=calibration.memory_bytes, memory_source=calibration.where)
+    return replace(card, measured=constants(calibration))
+
+
+def constants(calibration: Calibration) -> Measured:
+    """What forecasts take."""
+    return Measured(
+        where=calibration.where,
+        context_bytes=calibration.context_bytes,
+        workspace_bytes=calibration.workspace_bytes,
+        scratch_bytes=calibration.scratch_bytes,
+        rates=calibration.rates,
+        host_bandwidth=calibration.host_bandwidth,
+    )
+
+
+def find_cpu(option: str) -> Accelerator:
+    """This machine's processor, as it was measured, or a file's. Raises ConfigError where it was not: no table has what
+    a process takes beside its tensors."""
+    from bigvivit.training.report import describe_device
+
+    if option in (AUTO, NONE):
+        import torch
+
+        name = describe_device(torch.device("cpu"))
+        path = folder() / file_name(name, None)
+        if option == NONE or not path.exists():
+            raise ConfigError(
+                f"hardware=cpu needs what was measured on this {name}: run bigvivit calibrate --device cpu once, which "
+                "takes a minute"
+            )
+        calibration = read(path)
+    else:
+        calibration = read(Path(option))
+    if calibration.device != "cpu":
+        raise ConfigError(f"calibration={option} is of {calibration.card}, which is no CPU: leave it out")
+    return Accelerator(
+        name=f"CPU ({calibration.card})",
+        memory_bytes=calibration.memory_bytes,
+        memory_source=calibration.where,
+        bandwidth=calibration.bandwidth,
+        rates={},
+        capability=None,
+        kernels=("math",),
+        link="none",
+        link_bandwidth=None,
+        host_bandwidth=None,
+        source=calibration.where,
+        measured=constants(calibration),
+        on_host=True,
+    )

@@ -108,6 +108,7 @@ def context(accelerator: Accelerator) -> Part:
     name, high = "CUDA context and loaded kernels", GiB
     measured = accelerator.measured
     if measured is not None and measured.context_bytes is not None:
+        name = "process: imports and libraries" if accelerator.on_host else name
         return Part(name, *measured.context_bytes, measured.where)
     if accelerator.capability is None:
         source = "no published measurement was found for this accelerator's runtime: the range of CUDA's, from nothing"
