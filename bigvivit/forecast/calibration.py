@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -125,10 +126,17 @@ def find(card: Accelerator) -> Calibration | None:
         paths = sorted(folder().glob("*.json"))
     except ConfigError:  # a user without a home
         return None
-    found = [each for each in map(read, paths) if each.evidence == "measured" and is_of(each, card)]
+    found = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except ConfigError as error:  # of another version, or cut by hand
+            print(f"passed over: {error}", file=sys.stderr)
+    found = [each for each in found if each.evidence == "measured" and is_of(each, card)]
     if found:
         nvml = read_nvml()
-        if any(normalise(gpu["name"]) == normalise(each.card) for gpu in nvml["gpus"] for each in found):
+        names = {normalise(each.card) for each in found}
+        if any(normalise(gpu["name"]) in names for gpu in nvml["gpus"]):
             found = [each for each in found if each.driver == nvml["driver"]]
     return max(found, key=lambda each: each.date, default=None)
 
