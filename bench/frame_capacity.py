@@ -24,6 +24,7 @@ from rich.table import Table
 from bigvivit.assemble import open_tower
 from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.forecast.accelerators import Accelerator
+from bigvivit.forecast.calibration import AUTO, choose
 from bigvivit.forecast.capacity import Capacity, find_capacity
 from bigvivit.forecast.card import judge, resolve_types
 from bigvivit.forecast.hardware import find_local_gpus
@@ -86,6 +87,8 @@ class Arguments:
     """Measure on the CPU under this much RLIMIT_DATA, such as 2GiB; forecasts stand beside."""
     hardware: str | None = None
     """Forecast only: an accelerator of the table, or memory such as 24GiB. Without either: measure the local GPU."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the card, as in `bigvivit plan`: `auto`, a file, or `none`."""
     ranks: int = 1
     """Devices that train together, the optimizer's state on each (DDP)."""
     fsdp: bool = False
@@ -277,6 +280,8 @@ def main(arguments: Arguments) -> None:
         row.pop("key")
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if card is not None:
+        settings["overheads"] = "of the tables" if card.measured is None else card.measured.where
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
     stem = write_report(arguments.results, bench, device=torch.device(device), settings=settings, rows=rows)
     draw(stem.with_name(f"{stem.name}.png"), {where: (max(row["room_bytes"] for row in rows), curves)})
@@ -306,12 +311,12 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 def find_card(arguments: Arguments) -> Accelerator | None:
     """What to measure on or to forecast for; None for the CPU. Raises ConfigError."""
     if arguments.hardware is not None:
-        return find_hardware(arguments.hardware)
+        return choose(find_hardware(arguments.hardware), arguments.calibration)
     if arguments.limit is not None:
         return None
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
-    return find_local_gpus()[0].accelerator
+    return choose(find_local_gpus()[0].accelerator, arguments.calibration)
 
 
 def measure(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import context
 
 if TYPE_CHECKING:
@@ -53,15 +52,15 @@ def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> V
     the trial's own building raises."""
     from bigvivit.forecast.virtual_gpu import virtual_gpu
 
-    part, taken = context(card), context(find_accelerator(card.name)).expected_bytes
-    total = card.memory_bytes
-    # The library takes the table's context off what the card has: another context is another memory.
+    part = context(card)
+    total, taken = card.memory_bytes, part.expected_bytes
+    # The library takes the expected context off what the card has: another context is another memory.
     totals = [total - (size - taken) for size in (part.high_bytes, part.expected_bytes, part.low_bytes)]
     runs: dict[int, VirtualStep] = {}
 
     def run(memory_bytes: int) -> VirtualStep:
         if memory_bytes not in runs:
-            with virtual_gpu(card.name, memory_bytes=memory_bytes) as gpu:
+            with virtual_gpu(card.name, memory_bytes=memory_bytes, context_bytes=taken) as gpu:
                 runs[memory_bytes] = gpu.call(take_steps, trial.to_json(), steps)
         return runs[memory_bytes]
 

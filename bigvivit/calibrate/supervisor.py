@@ -19,6 +19,8 @@ from bigvivit.forecast.virtual_gpu.session import Child
 
 LONGEST_REASON = 400
 """Characters of why a row failed."""
+QUIET = {"KINETO_LOG_LEVEL": "99"}
+"""PyTorch's profiler, which counts a CPU's allocations, writes lines about itself."""
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", **ONE_CORE}
 """Of the process that traces: it must not touch the device."""
@@ -38,7 +40,7 @@ class Worker:
     def answer(self, job: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any] | None:
         """What the job gives, or `failed` with the reason; None where it took longer than `seconds`."""
         if self.child is None:
-            self.child = Child(self.env, "its process")
+            self.child = Child({**QUIET, **self.env}, "its process")
         late = threading.Event()
         timer = threading.Timer(max(seconds, 0.0), partial(end_late, self.child, late))
         timer.start()

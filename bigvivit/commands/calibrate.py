@@ -85,11 +85,15 @@ def calibrate(argv: list[str]) -> None:
 
 
 def find_device(name: str) -> dict[str, Any]:
-    """What is here, asked in a process of its own: the next one measures what a first tensor costs."""
+    """What is here. A GPU is asked in a process of its own: the next one measures what a first tensor costs."""
+    import torch
+
     from bigvivit.calibrate.device import identify
     from bigvivit.forecast.virtual_gpu import VirtualGpuError
     from bigvivit.forecast.virtual_gpu.session import Child
 
+    if name == "cpu" or not torch.cuda.is_available():
+        return identify(name)
     child = Child({}, "the process that looks for the device")
     try:
         return child.call(identify, name)

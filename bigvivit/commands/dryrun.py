@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from bigvivit.config import ConfigError
+from bigvivit.forecast.calibration import AUTO
 from bigvivit.forecast.dryrun.expandable import try_expandable
 from bigvivit.forecast.dryrun.launch import Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.dryrun.page import name_gpus, print_page, print_search
@@ -42,6 +43,9 @@ class DryRunConfig:
     """How many of them the machine has."""
     steps: int = 3
     """Optimizer steps after which each rank ends; the second is the first that finds the optimizer's states there."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the GPU, in place of the tables' memory and context: `auto` for the newest
+    in your cache folder, a file of its own, or `none`."""
     search: str | None = None
     """Find the largest value that fits, of words of the command such as `"--batch-size {}"`; each try is a run."""
     minutes: float = 30.0
@@ -82,6 +86,7 @@ def dryrun(argv: list[str]) -> None:
         steps=config.steps,
         minutes=config.minutes,
         sandbox=config.sandbox,
+        calibration=config.calibration,
     )
     if config.search is not None:
         sys.exit(search_value(config, request, parse_template(config.search)))
@@ -129,6 +134,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "command": list(request.command),
         "gpu": find_accelerator(request.gpu).name,
         "gpus": request.gpus,
+        "calibration": request.card.measured and asdict(request.card.measured),
         "exit_code": outcome.exit_code,
         "seconds": round(outcome.seconds, 3),
         **outcome.peaks,

@@ -35,14 +35,16 @@ class VirtualGpuError(RuntimeError):
     """The child process ended before it answered."""
 
 
-def environment(gpu: str, *, gpus: int = 1, memory_bytes: int | None = None) -> dict[str, str]:
+def environment(
+    gpu: str, *, gpus: int = 1, memory_bytes: int | None = None, context_bytes: int | None = None
+) -> dict[str, str]:
     """Variables, in addition to the present ones, with which a program started as a child runs on virtual GPUs.
 
     `gpu` is a card of the table, `gpus` how many of it the node has (1 to 64), `memory_bytes` another memory than the
-    card's. Builds the library where it is not built. Raises ConfigError for what cannot be: no such card, no CUDA
-    build of PyTorch, no compiler, no Linux.
+    card's, `context_bytes` another context than is expected of it. Builds the library where it is not built. Raises
+    ConfigError for what cannot be: no such card, no CUDA build of PyTorch, no compiler, no Linux.
     """
-    described = describe(gpu, gpus, memory_bytes)
+    described = describe(gpu, gpus, memory_bytes, context_bytes)
     library = build_library()
     check_architecture(gpu, library)
     folder = str(library.path.parent)
@@ -162,12 +164,14 @@ class Child:
 
 
 @contextmanager
-def virtual_gpu(gpu: str, *, gpus: int = 1, memory_bytes: int | None = None) -> Iterator[Child]:
+def virtual_gpu(
+    gpu: str, *, gpus: int = 1, memory_bytes: int | None = None, context_bytes: int | None = None
+) -> Iterator[Child]:
     """A child process on virtual GPUs for the length of a block: `with virtual_gpu("A100 80GB") as gpu: gpu.call(f)`.
 
     Arguments and errors are those of `environment`.
     """
-    child = Child(environment(gpu, gpus=gpus, memory_bytes=memory_bytes))
+    child = Child(environment(gpu, gpus=gpus, memory_bytes=memory_bytes, context_bytes=context_bytes))
     try:
         yield child
     finally:
