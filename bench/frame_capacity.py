@@ -22,9 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 from bigvivit.assemble import open_tower
+from bigvivit.calibrate.calibration import AUTO, choose
 from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.calibration import AUTO, choose
 from bigvivit.forecast.capacity import Capacity, find_capacity
 from bigvivit.forecast.card import judge, resolve_types
 from bigvivit.forecast.hardware import find_local_gpus

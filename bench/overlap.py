@@ -52,7 +52,7 @@ def measure(arguments: Arguments, where: str, scratch: Path) -> dict[str, Any]:
     tower = model.tower
     assert isinstance(tower, FrozenTower)
     assert tower.placement is not None
-    ahead, waiting = tower.placement, Waiting(tower.placement)
+    ahead, waiting = tower.placement, Waiting(tower.placement, torch.device("cpu"))
     clips = torch.randint(256, (arguments.frames // 2, 6, clip.size, clip.size), dtype=torch.uint8)
     seconds: dict[str, list[float]] = {"ahead": [], "waiting": []}
     outputs = {}

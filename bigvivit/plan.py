@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from bigvivit.calibrate.calibration import AUTO, choose, find_cpu
 from bigvivit.config import (
     ClipConfig,
     ConfigError,
@@ -19,7 +20,6 @@ from bigvivit.config import (
     check_memory,
 )
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.calibration import AUTO, choose, find_cpu
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan

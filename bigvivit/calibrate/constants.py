@@ -6,8 +6,8 @@ import statistics
 from datetime import datetime, timezone
 from typing import Any
 
+from bigvivit.calibrate.calibration import Calibration
 from bigvivit.calibrate.journal import Journal
-from bigvivit.forecast.calibration import Calibration
 
 TYPES = ("bf16", "fp16", "fp32", "tf32")
 

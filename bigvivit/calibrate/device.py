@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import pickle
 import statistics
 import time
 from collections.abc import Callable
@@ -90,11 +89,10 @@ def start_recording() -> None:
 
 
 def stop_recording(path: Path) -> None:
-    """Write the recording as PyTorch's own snapshots are written."""
-    snapshot = torch.cuda.memory._snapshot()
-    torch.cuda.memory._record_memory_history(None)
+    """Write the recording, as PyTorch does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(snapshot, protocol=4))
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(None)
 
 
 def replay(path: Path) -> dict[str, Any]:

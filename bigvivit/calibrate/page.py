@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bigvivit.calibrate.calibration import Calibration
 from bigvivit.calibrate.constants import errors
 from bigvivit.calibrate.journal import Journal, Side
 from bigvivit.calibrate.rows import Row
-from bigvivit.forecast.calibration import Calibration
 from bigvivit.training.report import format_cell
 from bigvivit.units import format_bytes
 from bigvivit.versions import has_package
@@ -35,7 +35,7 @@ def write_page(journal: Journal, rows: list[Row], calibration: Calibration, out:
     if has_package("matplotlib") and draw(journal, picture):
         paths.append(picture)
     lines = [
-        f"# {journal.identity['card']}: what forecasts say of it, {journal.identity['evidence']}",
+        f"# {journal.identity['card']}: forecasts against it, {journal.identity['evidence']}",
         "",
         f"`{record['command']}`, commit {record['commit']}, {calibration.date}; "
         + ", ".join(f"{name} {value}" for name, value in {**journal.identity, **versions}.items()),

@@ -5,6 +5,7 @@ One thread asks the device; beside it another lets a trace and a virtual card an
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,12 +40,14 @@ class Worker:
 
     def answer(self, job: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any] | None:
         """What the job gives, or `failed` with the reason; None where it took longer than `seconds`."""
+        fresh, late = self.child is None, threading.Event()
         if self.child is None:
             self.child = Child({**QUIET, **self.env}, "its process")
-        late = threading.Event()
         timer = threading.Timer(max(seconds, 0.0), partial(end_late, self.child, late))
         timer.start()
         try:
+            if fresh:  # Ctrl-C goes to all processes of a terminal: it is ours to end this one
+                self.child.call(signal.signal, signal.SIGINT, signal.SIG_IGN)
             return self.child.call(job)
         except Exception as error:  # whatever a row can fail of: the others do not depend on it
             self.close()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigvivit.assemble import choose_device
-from bigvivit.calibrate.device import clear, quick_fill, seconds_of
+from bigvivit.calibrate.device import clear, quick_fill, seconds_of, synchronize
 from bigvivit.forecast.virtual_gpu import is_active
 from bigvivit.memory.placement import Fetch, Here, Placement
 from bigvivit.memory.stream import FrozenTower
@@ -23,8 +23,8 @@ REPEATS = 3
 class Waiting:
     """A placement that has every layer arrive before its fetch returns: nothing comes while anything computes."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement, self.seconds = placement, 0.0
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self.placement, self.device, self.seconds = placement, device, 0.0
         self.fetches = 0
 
     def store(self, buffer: Tensor) -> int:
@@ -32,10 +32,10 @@ class Waiting:
 
     def fetch(self, number: int) -> Fetch:
         self.fetches += 1
+        synchronize(self.device)
         started = time.perf_counter()
         here = self.placement.fetch(number).wait()
-        if here.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         self.seconds += time.perf_counter() - started
         return Here(here)
 
@@ -71,7 +71,7 @@ def time_tower(device: str, trial: str) -> dict[str, Any]:
     ahead = seconds_of(lambda: tower(pixels), where, REPEATS)
     if own.plan.placement == "device" or tower.placement is None:
         return {"seconds": ahead}
-    placement, waiting = tower.placement, Waiting(tower.placement)
+    placement, waiting = tower.placement, Waiting(tower.placement, where)
     tower.placement = waiting
     seconds = seconds_of(lambda: tower(pixels), where, REPEATS)
     tower.placement = placement

@@ -12,10 +12,10 @@ import tyro
 from bigvivit.config import ConfigError
 
 if TYPE_CHECKING:
+    from bigvivit.calibrate.calibration import Calibration
     from bigvivit.calibrate.journal import Journal
     from bigvivit.calibrate.rows import Row
     from bigvivit.calibrate.supervisor import Session
-    from bigvivit.forecast.calibration import Calibration
 
 SECONDS = {"cuda": 480.0, "cpu": 60.0}
 """A run takes by default."""
@@ -148,9 +148,9 @@ def watch(session: Session, rows: list[Row]) -> None:
 
 def finish(journal: Journal, rows: list[Row], out: Path, notes: list[str]) -> None:
     """Report and calibration."""
+    from bigvivit.calibrate.calibration import keep, write
     from bigvivit.calibrate.constants import distil
     from bigvivit.calibrate.page import write_page
-    from bigvivit.forecast.calibration import keep, write
 
     calibration = distil(journal)
     for path in [*write_page(journal, rows, calibration, out, notes), write(calibration, out / "calibration.json")]:

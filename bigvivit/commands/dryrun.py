@@ -12,8 +12,8 @@ from typing import Any
 
 import tyro
 
+from bigvivit.calibrate.calibration import AUTO, choose
 from bigvivit.config import ConfigError
-from bigvivit.forecast.calibration import AUTO
 from bigvivit.forecast.dryrun.expandable import try_expandable
 from bigvivit.forecast.dryrun.launch import Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.dryrun.page import name_gpus, print_page, print_search
@@ -79,6 +79,7 @@ def dryrun(argv: list[str]) -> None:
     command = tuple(argv[place + 1 :])
     if not command:
         raise ConfigError(f"no command is given: write it behind --, such as {EXAMPLE}")
+    card = choose(find_accelerator(config.gpu), config.calibration)
     request = Request(
         command=command,
         gpu=config.gpu,
@@ -86,7 +87,7 @@ def dryrun(argv: list[str]) -> None:
         steps=config.steps,
         minutes=config.minutes,
         sandbox=config.sandbox,
-        calibration=config.calibration,
+        known=card if card.measured is not None else None,
     )
     if config.search is not None:
         sys.exit(search_value(config, request, parse_template(config.search)))
@@ -134,7 +135,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "command": list(request.command),
         "gpu": find_accelerator(request.gpu).name,
         "gpus": request.gpus,
-        "calibration": request.card.measured and asdict(request.card.measured),
+        "calibration": asdict(request.known)["measured"] if request.known is not None else None,
         "exit_code": outcome.exit_code,
         "seconds": round(outcome.seconds, 3),
         **outcome.peaks,

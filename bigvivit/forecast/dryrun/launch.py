@@ -21,7 +21,6 @@ from typing import Any, Literal
 from bigvivit.config import ConfigError
 from bigvivit.forecast import virtual_gpu
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.calibration import NONE, choose
 from bigvivit.forecast.dryrun import sandbox
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import context
@@ -61,13 +60,8 @@ class Request:
     sandbox: bool = False
     conf: str | None = None
     """PYTORCH_ALLOC_CONF of the run; None leaves the user's."""
-    calibration: str = NONE
-    """What is known of the GPU, as `calibration.choose` takes it. By default the tables, the same everywhere."""
-
-    @property
-    def card(self) -> Accelerator:
-        """The row, with what was measured. Raises ConfigError where there is none."""
-        return choose(find_accelerator(self.gpu), self.calibration)
+    known: Accelerator | None = None
+    """The GPU's row with what a calibration says of it; None for the table's alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +192,7 @@ def end_with_us() -> None:
 def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
     """The user's, on virtual GPUs, with what the recorder must know."""
     settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot}
-    card = request.card
+    card = request.known or find_accelerator(request.gpu)
     sizes = {"memory_bytes": card.memory_bytes, "context_bytes": context(card).expected_bytes}
     environment = {**os.environ, **virtual_gpu.environment(card.name, gpus=request.gpus, **sizes)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)  # it chooses among real ones

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigvivit.calibrate import calibration
+from bigvivit.calibrate.calibration import Calibration, choose, file_name, find, find_cpu, keep, read, write
 from bigvivit.config import ConfigError
-from bigvivit.forecast import calibration
-from bigvivit.forecast.calibration import Calibration, choose, file_name, find, find_cpu, keep, read, write
 from bigvivit.forecast.card import judge_on_host
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import capacity, forecast_overhead
