@@ -122,18 +122,20 @@ def sides_of(journal: Journal) -> list[Side]:
 
 
 def tell_others(journal: Journal, groups: tuple[str, ...]) -> Iterator[str]:
-    """What is no peak, a line for each value."""
+    """What is no peak, a line for each value, and the virtual card's beside it."""
     for group in groups:
-        rows = [
-            [found["name"], name.replace("_", " "), found["evidence"], tell(name, value)]
-            for found in journal.rows.values()
-            if found["group"] == group and "failed" not in found
-            for name, value in found.items()
-            if name not in HIDDEN
-        ]
+        rows, sides = [], ["virtual"] if group == "facts" and "virtual" in sides_of(journal) else []
+        for (key, side), found in journal.rows.items():
+            if side != "device" or found["group"] != group or "failed" in found:
+                continue
+            other = journal.found(key, "virtual") or {}
+            for name, value in found.items():
+                if name not in HIDDEN:
+                    beside = [tell(name, other[name]) if name in other else ""] * len(sides)
+                    rows.append([found["name"], name.replace("_", " "), tell(name, value), *beside])
         if rows:
             yield from ("", f"## {group.capitalize()}", "")
-            yield from table(["row", "what", "class", "value"], rows)
+            yield from table(["row", "what", str(journal.identity["evidence"]), *sides], rows)
 
 
 def tell_missing(journal: Journal, rows: list[Row]) -> Iterator[str]:

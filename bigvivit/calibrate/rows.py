@@ -42,7 +42,7 @@ CODES: dict[str, dict[str, Any]] = {"int8": {"storage": "int8"}, "nf4": {"storag
 EMULATED = (11, 16, 24)
 """GiB that PyTorch's allocator may have."""
 MOST_FRAMES = 1024
-SECONDS = {"vit-l": 4.0, "vit-h": 6.0, "vit-g": 8.0}
+SECONDS = {"vit-demo": 1.5, "vit-l": 4.0, "vit-h": 6.0, "vit-g": 8.0}
 """That a row of such a tower is thought to take; others take 3."""
 CPU_TOWERS, CUDA_TOWERS = ("vit-demo",), ("vit-b", "vit-g")
 
@@ -104,7 +104,7 @@ def list_cuda(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> I
         search: dict[str, Any] = {"trial": trial.to_json(), "limit_bytes": limit, "most": MOST_FRAMES}
         on_card = partial(cells.find_frames, **search, guess=None)
         jobs = {"device": on_card, "forecast": partial(cells.forecast_frames, **search, **card), "virtual": on_card}
-        yield Row("capacity", name, 5 * SECONDS.get(trial.tower, 3.0), jobs)
+        yield Row("capacity", name, 4 * SECONDS.get(trial.tower, 3.0), jobs)
 
 
 def list_cpu(towers: tuple[str, ...]) -> Iterator[Row]:
@@ -122,7 +122,7 @@ def list_cpu(towers: tuple[str, ...]) -> Iterator[Row]:
             "device": partial(cells.run_on_cpu, text),
             "forecast": partial(cells.forecast_on_cpu, text),
         }
-        yield Row("memory", name, 3.0, jobs)
+        yield Row("memory", name, SECONDS.get(trial.tower, 3.0), jobs)
     yield from list_times("cpu", towers, "fp32")
 
 
@@ -185,7 +185,7 @@ def list_times(device: str, towers: tuple[str, ...], compute: str) -> Iterator[R
     """Whole steps of both stages on the same frames; the tower alone, streamed and batched."""
     steps: list[tuple[Literal[1, 2], str, dict[str, Any]]]
     for tower in reversed(towers):
-        seconds = 2 * SECONDS.get(tower, 3.0)
+        seconds = SECONDS.get(tower, 3.0)
         steps = [(1, "sgd", {}), *((2, kind, STREAMED[kind]) for kind in ("paper", "layer-major", "chunk-major"))]
         for stage, kind, plan in steps:
             text = build(tower, stage, STEP_FRAMES, plan, compute).to_json()
