@@ -76,9 +76,10 @@ def time_tower(device: str, trial: str) -> dict[str, Any]:
     seconds = seconds_of(lambda: tower(pixels), where, REPEATS)
     tower.placement = placement
     copies = waiting.seconds / (REPEATS + 1)
+    hidden = (seconds - ahead) / copies if copies else -1.0
     return {
         "seconds": ahead,
         "waiting_seconds": seconds,
         "copies_seconds": copies,
-        "hidden_share": (seconds - ahead) / copies if copies else None,
+        "hidden_share": hidden if 0 <= hidden <= 1 else "not resolved",
     }
