@@ -210,16 +210,21 @@ def plan(config: PlanConfig) -> None:
         if not on_host:
             print_corrections(verdict, config)
     if not fits[1]:
-        from bigvivit.advice import Room, ask_for_advice
-
-        print(
-            "\n".join(
-                ask_for_advice(trial, Room(there, cuda=not on_host, hardware=None if on_host else config.hardware))
-            )
-        )
+        print_advice(trial, config, there)
     for path in (config.timeline, config.snapshot):
         if path is not None:
             print(f"wrote {path}")
+
+
+def print_advice(trial: Trial, config: PlanConfig, there: int) -> None:
+    """Settings that would fit the bytes that there are, or the card as it is known."""
+    from bigvivit.advice import Room, ask_for_advice
+
+    if config.hardware.lower() == CPU:
+        room = Room(there, cuda=False)
+    else:
+        room = Room(there, cuda=True, hardware=config.hardware, calibration=config.calibration)
+    print("\n".join(ask_for_advice(trial, room)))
 
 
 def describe(trial: Trial, card: Accelerator) -> str:
