@@ -168,5 +168,5 @@ def say_use(calibration: Calibration, path: Path | None) -> str:
     if calibration.evidence != "measured":
         return "on a virtual GPU nothing is measured: bigvivit plan takes nothing of this"
     if path is None:
-        return "the row of the context is missing: bigvivit plan takes nothing of this; the same command goes on"
+        return "the row of the context is missing: bigvivit plan takes nothing of this; run the group facts too"
     return f"bigvivit plan takes what was measured here from now on, from {path}"
