@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bigvivit.assemble import open_tower
+from bigvivit.calibrate.calibration import AUTO, choose
 from bigvivit.config import ConfigError, ModelConfig
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.capacity import Capacity, find_capacity
@@ -92,6 +93,8 @@ class Arguments:
     hardware: str | None = None
     """Probe a virtual card: an accelerator of the table; where there can be none, and for memory such as 24GiB, only
     forecast. Without either: measure the local GPU."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the card, as in `bigvivit plan`: `auto`, a file, or `none`."""
     ranks: int = 1
     """Devices that train together, the optimizer's state on each (DDP)."""
     fsdp: bool = False
@@ -287,6 +290,8 @@ def main(arguments: Arguments) -> None:
         row.pop("key")
     names = ("layers", "temporal_depth", "ranks", "fsdp", "compute", "chunk")
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if card is not None:
+        settings["overheads"] = "of the tables" if card.measured is None else card.measured.where
     settings |= {"local_batch": 1, "size": 224, "tubelet": 2, "optimizer": "sgd with momentum", "probe": PROBE}
     here = torch.device(device if arguments.hardware is None else "cpu")
     stem = write_report(arguments.results, bench, device=here, settings=settings, rows=rows)
@@ -318,13 +323,14 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 def find_card(arguments: Arguments) -> Accelerator | None:
     """What to measure on or to forecast for; None for the CPU. Raises ConfigError."""
     if arguments.hardware is not None:
-        return find_hardware(arguments.hardware)
+        return choose(find_hardware(arguments.hardware), arguments.calibration)
     if arguments.limit is not None:
         return None
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: give --limit 2GiB to measure on the CPU, or --hardware NAME")
     probed = str(torch.cuda.get_device_properties(0).uuid)
-    return next(gpu.accelerator for gpu in find_local_gpus() if probed in gpu.uuid)
+    here = next(gpu.accelerator for gpu in find_local_gpus() if probed in gpu.uuid)
+    return choose(here, arguments.calibration)
 
 
 def choose_evidence(arguments: Arguments, card: Accelerator | None) -> str:

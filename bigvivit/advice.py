@@ -202,6 +202,8 @@ class Room:
     cuda: bool
     hardware: str | None = None
     """A card of the table, in its worst case; without it the room is what was measured."""
+    calibration: str = "none"
+    """What else is known of the card, as in `bigvivit plan`."""
 
 
 def ask_for_advice(trial: Trial, room: Room) -> list[str]:
@@ -276,6 +278,7 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
     """`fit` in this process."""
     from importlib.metadata import version
 
+    from bigvivit.calibrate.calibration import choose
     from bigvivit.forecast.alloc_conf import AllocatorSettings
     from bigvivit.forecast.allocator import Allocator, oldest_segment_first
     from bigvivit.forecast.card import allocator_events, judge
@@ -286,7 +289,10 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
 
     steps, card = STEPS if trial.ds is None else ZERO_STEPS, None
     if room.cuda:
-        card = find_hardware(room.hardware) if room.hardware else accelerator_by_hand(room.room_bytes)
+        if room.hardware is None:
+            card = accelerator_by_hand(room.room_bytes)
+        else:
+            card = choose(find_hardware(room.hardware), room.calibration)
     trace = trace_trial(trial, free_bytes=room.room_bytes, host=room.cuda, card=card, steps=steps)
     peak, composition = max(trace.peak_bytes(), trace.building_peak_bytes()), list(describe_peak(trace))
     if card is not None and room.hardware is not None:

@@ -28,6 +28,7 @@ def main() -> None:
         "predict": (predict, "what a trained run takes videos for"),
         "plan": (plan, "whether a training step fits hardware that need not be here"),
         "dryrun": (dryrun, "whether any PyTorch program fits a GPU that is not here: run it on a virtual one"),
+        "calibrate": (calibrate, "what this machine's GPU or CPU says of the forecasts, in minutes"),
         "drift": (drift, "what storing a tower in bf16, fp16, int8 or nf4 costs"),
         "towers": (towers, "the towers known by name: size, memory, tokens"),
         "check": (check, "find the videos of a manifest that cannot be read"),
@@ -225,6 +226,13 @@ def dryrun(argv: list[str]) -> None:
     from bigvivit.commands.dryrun import dryrun as dryrun_main
 
     dryrun_main(argv)
+
+
+def calibrate(argv: list[str]) -> None:
+    """`bigvivit calibrate`."""
+    from bigvivit.commands.calibrate import calibrate as calibrate_main
+
+    calibrate_main(argv)
 
 
 def report(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from bigvivit.calibrate.calibration import AUTO, choose, find_cpu
 from bigvivit.config import (
     ClipConfig,
     ConfigError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bigvivit.trial import Trial
     from bigvivit.trial_virtual import VirtualVerdict
 
+CPU = "cpu"
 RANKS = 8
 """Over which sharding is compared where the plan has one rank only."""
 
@@ -49,7 +51,8 @@ class PlanConfig:
     frames: int
     """Frames per clip."""
     hardware: str
-    """An accelerator of the table, such as `2080 Ti` or `A100 80GB`, or memory alone, such as 24GiB."""
+    """An accelerator of the table, such as `2080 Ti` or `A100 80GB`, memory alone, such as 24GiB, or `cpu`: this
+    machine's, once `bigvivit calibrate` has measured it."""
     stage: Literal[1, 2] = 2
     """1: the whole model trains. 2: adapter, temporal transformer and head train above a frozen tower."""
     ranks: int = 1
@@ -82,6 +85,9 @@ class PlanConfig:
     """Shard with FSDP2."""
     without: tuple[Literal["attention", "foreach", "in-place", "workspaces"], ...] = ()
     """Corrections for CUDA to leave out; --explain lists them with what each makes."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the card, in place of the tables' constants: `auto` for the newest in your
+    cache folder, a file of its own, or `none`."""
     explain: bool = False
     """Say what the peak is made of."""
     timeline: Path | None = None
@@ -95,6 +101,8 @@ class PlanConfig:
         for name in ("ranks", "clips", "temporal_depth", "classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hardware.lower() == CPU and (self.ranks > 1 or self.without):
+            raise ConfigError("hardware=cpu is for one rank, and has no corrections for CUDA: leave out what is")
         if self.fsdp and self.ds is not None:
             raise ConfigError(f"fsdp and ds={self.ds} are two ways to shard: leave one out")
         if self.ema and self.ds is not None:
@@ -130,7 +138,8 @@ def find_hardware(name: str) -> Accelerator:
 
 def plan(config: PlanConfig) -> None:
     """Trace, judge and print. Raises ConfigError for what cannot be."""
-    card = find_hardware(config.hardware)
+    on_host = config.hardware.lower() == CPU
+    card = find_cpu(config.calibration) if on_host else choose(find_hardware(config.hardware), config.calibration)
     batch_size = config.clips * config.ranks
     optim = OptimConfig(
         name=config.optimizer, batch_size=batch_size, epochs=1, warmup_epochs=0, ema=config.ema, fused=config.fused
@@ -138,7 +147,7 @@ def plan(config: PlanConfig) -> None:
     ds = read_ds_json(config.ds, optim, config.ranks) if config.ds else None
     require_for_run(ds=config.ds, optimizer=config.optimizer, storage=config.memory.storage)
 
-    from bigvivit.forecast.card import judge, resolve_types
+    from bigvivit.forecast.card import judge, judge_on_host, resolve_types
     from bigvivit.forecast.overhead import capacity, forecast_overhead
     from bigvivit.trial import Trial, trace_trial
     from bigvivit.trial_virtual import try_virtual_gpu
@@ -157,7 +166,7 @@ def plan(config: PlanConfig) -> None:
         optimizer=config.optimizer,
         fused=config.fused,
         ema=config.ema,
-        plan=resolve_types(config.memory, card),
+        plan=config.memory if on_host else resolve_types(config.memory, card),
         fsdp=config.fsdp,
         ds=ds,
         world=config.ranks,
@@ -169,8 +178,12 @@ def plan(config: PlanConfig) -> None:
     verdict = None
     if isinstance(virtual, str) or config.explain or config.timeline or config.snapshot:
         with redirect_stdout(sys.stderr):  # where DeepSpeed's warnings belong
-            trace = trace_trial(trial, free_bytes=there, host=True, card=card, without=config.without)
-        verdict = judge(trace, card, ranks=config.ranks, without=config.without)
+            on_card = None if on_host else card
+            trace = trace_trial(trial, free_bytes=there, host=not on_host, card=on_card, without=config.without)
+        if on_host:
+            verdict = judge_on_host(trace, card)
+        else:
+            verdict = judge(trace, card, ranks=config.ranks, without=config.without)
     if config.timeline is not None:
         from bigvivit.forecast.timeline import write_timeline
 
@@ -193,16 +206,26 @@ def plan(config: PlanConfig) -> None:
     if config.explain:
         assert verdict is not None
         print_composition(verdict)
-        if trial.stage == 2:
+        if trial.stage == 2 and not on_host:
             print("\n".join(compare_sharding(trial, card)))
-        print_corrections(verdict, config)
+        if not on_host:
+            print_corrections(verdict, config)
     if not fits[1]:
-        from bigvivit.advice import Room, ask_for_advice
-
-        print("\n".join(ask_for_advice(trial, Room(there, cuda=True, hardware=config.hardware))))
+        print_advice(trial, config, there)
     for path in (config.timeline, config.snapshot):
         if path is not None:
             print(f"wrote {path}")
+
+
+def print_advice(trial: Trial, config: PlanConfig, there: int) -> None:
+    """Settings that would fit the bytes that there are, or the card as it is known."""
+    from bigvivit.advice import Room, ask_for_advice
+
+    if config.hardware.lower() == CPU:
+        room = Room(there, cuda=False)
+    else:
+        room = Room(there, cuda=True, hardware=config.hardware, calibration=config.calibration)
+    print("\n".join(ask_for_advice(trial, room)))
 
 
 def describe(trial: Trial, card: Accelerator) -> str:
@@ -212,11 +235,18 @@ def describe(trial: Trial, card: Accelerator) -> str:
     return f"stage {trial.stage}, {trial.tower}, {trial.frames} frames, {heads}{ranks}{card.name}"
 
 
+def print_calibration(card: Accelerator) -> None:
+    """Where constants are not the tables'."""
+    if card.measured is not None and card.measured.context_bytes is not None:
+        name = "beside tensors" if card.on_host else "context"
+        print(f"  {name:21} {format_bytes(card.measured.context_bytes[1])}, {card.measured.where}")
+
+
 def to_json(
     config: PlanConfig, card: Accelerator, verdict: Verdict | None, virtual: VirtualVerdict | str
 ) -> dict[str, Any]:
     """For programs; bytes throughout. Of a trace, where there is one, also what the peak is made of."""
-    found: dict[str, Any] = {"hardware": card.name}
+    found: dict[str, Any] = {"hardware": card.name, "calibration": card.measured and asdict(card.measured)}
     if isinstance(virtual, str):
         assert verdict is not None
         found |= {
@@ -267,6 +297,7 @@ def print_virtual(trial: Trial, card: Accelerator, found: VirtualVerdict) -> Non
     print(f"  reserved by PyTorch   {format_bytes(step.reserved_bytes)}{until}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
     print(f"  host                  {format_bytes(step.locked_bytes)} page-locked")
+    print_calibration(card)
 
 
 def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
@@ -275,12 +306,14 @@ def print_verdict(trial: Trial, card: Accelerator, verdict: Verdict) -> None:
     low, there, high = verdict.capacities
     print(f"{describe(trial, card)}: {verdict.word} (forecast)")
     print(f"  tensors at the peak   {format_bytes(trace.peak_bytes())}, of the device")
-    if expected.out_of_memory is None:
-        print(f"  reserved by PyTorch   {format_bytes(expected.peak_reserved_bytes)}")
-    else:
+    if expected.out_of_memory is not None:
         print(f"  out of memory         {expected.out_of_memory}")
+    elif not card.on_host:
+        print(f"  reserved by PyTorch   {format_bytes(expected.peak_reserved_bytes)}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
-    print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
+    print_calibration(card)
+    if not card.on_host:
+        print(f"  host                  {format_bytes(trace.peak_bytes('host'))} of tensors")
 
 
 def print_composition(verdict: Verdict) -> None:

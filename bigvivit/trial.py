@@ -32,6 +32,7 @@ from bigvivit.forecast.trace import STEPS, Trace, trace_steps
 from bigvivit.memory.apply import apply_plan, compute_dtype
 from bigvivit.memory.ds_json import zero_stage
 from bigvivit.memory.engine import Engine
+from bigvivit.memory.load import Fill
 from bigvivit.memory.parallel import build_engine, build_sharder
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.quantize import eight_bit_on_fake_tensors, is_quantized, value_dtype
@@ -98,11 +99,17 @@ class Trial:
 
 
 def build_trial(
-    trial: Trial, device: torch.device, *, fake: bool = False, free_bytes: int | None = None
+    trial: Trial,
+    device: torch.device,
+    *,
+    fake: bool = False,
+    free_bytes: int | None = None,
+    fill: Fill | None = None,
 ) -> tuple[Engine, LabelledClips]:
     """The engine and one micro-batch of random clips. On fake tensors weights have no values, so none are drawn.
 
-    `free_bytes` is what groups and chunks of `auto` are chosen for: by default what is free on this machine.
+    `free_bytes` is what groups and chunks of `auto` are chosen for: by default what is free on this machine. `fill`
+    gives the tower other weights than those drawn as training would.
 
     With several ranks the process group must be there. Raises ConfigError for what cannot be.
     """
@@ -127,6 +134,8 @@ def build_trial(
         ema=trial.ema,
     )
     source = open_source(trial, model_config, fake=fake)
+    if fill is not None:
+        source = replace(source, fill=fill)
     model: ViViT | ProbeBank
     if trial.depths:
         model = assemble.build_probes(source, model_config, clip, classes=trial.classes, seed=0, depths=trial.depths)

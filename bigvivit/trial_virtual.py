@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.accelerators import Accelerator
-from bigvivit.forecast.overhead import forecast_overhead
+from bigvivit.forecast.overhead import context, forecast_overhead
 
 if TYPE_CHECKING:
     from bigvivit.trial import Trial
@@ -46,6 +46,8 @@ def why_not_virtual(card: Accelerator) -> str | None:
     """Why there can be no virtual GPU like this card, in one line; None where there can."""
     from bigvivit.forecast.virtual_gpu import environment
 
+    if card.on_host:
+        return "the step is a CPU's"
     if card.device is None:
         return f"{card.name} is not a card of the table that NVIDIA made"
     try:
@@ -61,8 +63,7 @@ def run_on_virtual_gpu(trial: Trial, card: Accelerator, steps: int = STEPS) -> V
     low, middle, high = forecast_overhead(card, ranks=trial.world).outside()
     # The library takes the expected size off what the card has: another size is another memory.
     worst, expected, best = (card.memory_bytes - (size - middle) for size in (high, middle, low))
-    runs = {expected: run_fullest_rank(trial, card, expected, steps)}
-    step = runs[expected]
+    step = run_fullest_rank(trial, card, expected, steps)
     if step.out_of_memory is None:
         in_worst = step.reserved_bytes <= worst - middle
         fits = in_worst or run_fullest_rank(trial, card, worst, steps).out_of_memory is None, True, True
@@ -76,9 +77,9 @@ def run_fullest_rank(trial: Trial, card: Accelerator, memory_bytes: int, steps: 
     from bigvivit.forecast.virtual_gpu import virtual_gpu
     from bigvivit.trial import fullest_ranks
 
-    found = []
+    found, taken = [], context(card).expected_bytes
     for rank in fullest_ranks(trial):
-        with virtual_gpu(card.name, memory_bytes=memory_bytes) as gpu:
+        with virtual_gpu(card.name, memory_bytes=memory_bytes, context_bytes=taken) as gpu:
             found.append(gpu.call(take_steps, trial.to_json(), rank, steps))
         if found[-1].out_of_memory is not None:
             return found[-1]

@@ -22,6 +22,7 @@ def test_help_names_every_command() -> None:
         "predict",
         "plan",
         "dryrun",
+        "calibrate",
         "drift",
         "towers",
         "check",
@@ -35,8 +36,8 @@ def test_help_names_every_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "cache", "eval", "predict", "plan", "dryrun", "drift", "towers"),
-        *("check", "report", "replay", "demo", "doctor"),
+        *("train", "cache", "eval", "predict", "plan", "dryrun", "calibrate", "drift"),
+        *("towers", "check", "report", "replay", "demo", "doctor"),
     ],
 )
 def test_each_command_explains_itself(command: str) -> None:
@@ -48,7 +49,7 @@ def test_each_command_explains_itself(command: str) -> None:
 def test_an_unknown_command() -> None:
     done = call("trian")
     assert done.returncode == 2
-    known = "train, cache, eval, predict, plan, dryrun, drift, towers, check, report, replay, demo, doctor"
+    known = "train, cache, eval, predict, plan, dryrun, calibrate, drift, towers, check, report, replay, demo, doctor"
     assert done.stderr == f"error: bigvivit has no command 'trian': one of {known}\n"
 
 

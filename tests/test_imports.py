@@ -33,6 +33,7 @@ ANYTHING = {
     "testing",
     "machine",
     "commands",
+    "calibrate",
 }
 MAY_IMPORT = {
     "__init__": set(),
@@ -139,7 +140,12 @@ def test_nothing_is_unpickled() -> None:
 
 WITHOUT_TORCH = ["bigvivit", "bigvivit.config", "bigvivit.cli", "bigvivit.train", "bigvivit.eval", "bigvivit.drift"]
 WITHOUT_TORCH += ["bigvivit.versions", "bigvivit.machine", "bigvivit.commands.doctor", "bigvivit.data.demo"]
-WITHOUT_TORCH += ["bigvivit.commands.dryrun", "bigvivit.forecast.dryrun.recorder"]
+WITHOUT_TORCH += [
+    "bigvivit.commands.dryrun",
+    "bigvivit.commands.calibrate",
+    "bigvivit.plan",
+    "bigvivit.forecast.dryrun.recorder",
+]
 WITHOUT_TORCH += ["bigvivit.testing"]  # a plugin: every run of pytest that names it imports it
 WITHOUT_TORCH += [f"bigvivit.forecast.{name}" for name in ("replay_report", "hardware", "overhead")]
 

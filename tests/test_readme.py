@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.frame_capacity import Arguments as CapacityConfig
 from bench.two_stages import readme_table
+from bigvivit.commands.calibrate import CalibrateConfig
 from bigvivit.commands.dryrun import DryRunConfig
 from bigvivit.config import ClipConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from bigvivit.data.check import CheckConfig
@@ -189,6 +190,7 @@ def test_every_setting_the_readme_names_exists() -> None:
     """Of our own commands; the other words with dashes belong to launchers."""
     known = {name.replace("_", "-") for name in flat_settings(TRAIN)}
     for other in (
+        CalibrateConfig,
         CapacityConfig,
         CheckConfig,
         DriftConfig,

@@ -6,12 +6,13 @@ import json
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from bigvivit.calibrate.calibration import AUTO, choose
 from bigvivit.config import ConfigError
 from bigvivit.forecast.dryrun.expandable import try_expandable
 from bigvivit.forecast.dryrun.launch import Outcome, Request, dry_run, scratch_folder
@@ -42,6 +43,9 @@ class DryRunConfig:
     """How many of them the machine has."""
     steps: int = 3
     """Optimizer steps after which each rank ends; the second is the first that finds the optimizer's states there."""
+    calibration: str = AUTO
+    """What `bigvivit calibrate` measured on the GPU, in place of the tables' memory and context: `auto` for the newest
+    in your cache folder, a file of its own, or `none`."""
     search: str | None = None
     """Find the largest value that fits, of words of the command such as `"--batch-size {}"`; each try is a run."""
     minutes: float = 30.0
@@ -75,6 +79,7 @@ def dryrun(argv: list[str]) -> None:
     command = tuple(argv[place + 1 :])
     if not command:
         raise ConfigError(f"no command is given: write it behind --, such as {EXAMPLE}")
+    card = choose(find_accelerator(config.gpu), config.calibration)
     request = Request(
         command=command,
         gpu=config.gpu,
@@ -82,6 +87,7 @@ def dryrun(argv: list[str]) -> None:
         steps=config.steps,
         minutes=config.minutes,
         sandbox=config.sandbox,
+        known=card if card.measured is not None else None,
     )
     if config.search is not None:
         sys.exit(search_value(config, request, parse_template(config.search)))
@@ -129,6 +135,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "command": list(request.command),
         "gpu": find_accelerator(request.gpu).name,
         "gpus": request.gpus,
+        "calibration": asdict(request.known)["measured"] if request.known is not None else None,
         "exit_code": outcome.exit_code,
         "seconds": round(outcome.seconds, 3),
         **outcome.peaks,

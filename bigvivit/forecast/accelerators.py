@@ -8,7 +8,7 @@ each row; what no source gave is None, what was derived says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bigvivit.units import GiB, MiB
@@ -27,6 +27,22 @@ class CudaDevice:
     multiprocessors: int
     l2_bytes: int
     source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What `bigvivit calibrate` measured on a card, in place of constants; None where it did not."""
+
+    where: str
+    """`measured on this card on 2026-11-26 (driver 580.65, torch 2.14.1)`."""
+    context_bytes: tuple[int, int, int] | None = None
+    """Least, expected and most."""
+    workspace_bytes: int | None = None
+    scratch_bytes: int | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    """As reached by products of large matrices, not as the maker gives them."""
+    host_bandwidth: float | None = None
+    """As reached from page-locked memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,10 @@ class Accelerator:
     """Of bandwidth, rates and links."""
     device: CudaDevice | None = None
     """What a virtual GPU shows; None on others."""
+    measured: Measured | None = None
+    """Of rows that a calibration was found for."""
+    on_host: bool = False
+    """A processor: tensors are malloc's in the host's memory, and nothing is CUDA's."""
 
 
 def kernels_of(capability: int | None) -> tuple[Kernel, ...]:

@@ -13,9 +13,9 @@ from importlib.metadata import version
 
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator, oldest_segment_first
+from bigvivit.forecast.allocator import Allocator, OutOfMemory, oldest_segment_first
 from bigvivit.forecast.corrections import Name
-from bigvivit.forecast.overhead import Overhead, capacity, forecast_overhead
+from bigvivit.forecast.overhead import Overhead, capacity, context, forecast_overhead
 from bigvivit.forecast.simulate import Run, simulate
 from bigvivit.forecast.trace import Trace
 from bigvivit.memory.plan import MemoryPlan
@@ -81,6 +81,18 @@ def judge(
         threads = 0 if "workspaces" in without else THREADS
         start = [("a", -1 - thread, workspaces, 0) for thread in range(threads)]
         runs.append(simulate([*start, *program], allocator))
+    return Verdict(trace, overhead, (runs[0], runs[1], runs[2]), capacities)
+
+
+def judge_on_host(trace: Trace, processor: Accelerator) -> Verdict:
+    """Of a CPU's forecast: tensors have the memory that a process leaves, each its own part of it. Raises ConfigError
+    where that is nothing."""
+    overhead = Overhead((context(processor),))
+    capacities = capacity(processor, overhead)
+    peak, runs = max(trace.peak_bytes(), trace.building_peak_bytes()), []
+    for place in capacities:
+        short = None if peak <= place else OutOfMemory(peak - place, peak - place, place, place, place)
+        runs.append(Run(AllocatorSettings(), peak, peak, peak, peak, out_of_memory=short))
     return Verdict(trace, overhead, (runs[0], runs[1], runs[2]), capacities)
 
 

@@ -74,7 +74,7 @@ def forecast_overhead(
     for name, value in (("ranks", ranks), ("communicators", communicators)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
-    parts = [context(accelerator), cublas_workspace(accelerator), cudnn_workspace()]
+    parts = [context(accelerator), cublas_workspace(accelerator), cudnn_workspace(accelerator)]
     if ranks > 1:
         parts.append(nccl(accelerator, communicators))
     if display:
@@ -106,6 +106,10 @@ def capacity(accelerator: Accelerator, overhead: Overhead) -> tuple[int, int, in
 def context(accelerator: Accelerator) -> Part:
     """The driver's state and the kernels loaded so far."""
     name, high = "CUDA context and loaded kernels", GiB
+    measured = accelerator.measured
+    if measured is not None and measured.context_bytes is not None:
+        name = "process: imports and libraries" if accelerator.on_host else name
+        return Part(name, *measured.context_bytes, measured.where)
     if accelerator.capability is None:
         source = "no published measurement was found for this accelerator's runtime: the range of CUDA's, from nothing"
         return Part("runtime and loaded kernels", 0, 400 * MiB, high, source)
@@ -122,7 +126,10 @@ def context(accelerator: Accelerator) -> Part:
 def cublas_workspace(accelerator: Accelerator) -> Part:
     """One for each thread that runs matrix products: the caller's, and autograd's where there is a backward."""
     name, where = "cuBLAS workspace, per thread", "aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize"
-    capability = accelerator.capability
+    capability, measured = accelerator.capability, accelerator.measured
+    if measured is not None and measured.workspace_bytes is not None:
+        size = measured.workspace_bytes
+        return Part(name, size, size, size, measured.where, inside=True)
     if capability is None and accelerator.name.startswith("MI"):
         size = 128 * MiB if accelerator.name == "MI300X" else 32 * MiB
         return Part(name, 32 * MiB, size, 128 * MiB, f"hipBLAS: {where}, by architecture", inside=True)
@@ -137,12 +144,15 @@ def cublas_workspace(accelerator: Accelerator) -> Part:
     return Part(name, CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_LARGE, CUBLAS_WORKSPACE_LARGE, changed, inside=True)
 
 
-def cudnn_workspace() -> Part:
+def cudnn_workspace(accelerator: Accelerator) -> Part:
     """Convolutions ask PyTorch for scratch and give it back after the call."""
+    name, measured = "cuDNN workspace, while a convolution runs", accelerator.measured
+    if measured is not None and measured.scratch_bytes is not None:
+        return Part(name, 0, 0, measured.scratch_bytes, f"given back after the call; {measured.where}", inside=True)
     source = (
         "the algorithm decides, and no source gives a number; a vision transformer has one convolution, its patches"
     )
-    return Part("cuDNN workspace, while a convolution runs", 0, 32 * MiB, 256 * MiB, source, inside=True)
+    return Part(name, 0, 32 * MiB, 256 * MiB, source, inside=True)
 
 
 def nccl(accelerator: Accelerator, communicators: int) -> Part:

@@ -80,26 +80,29 @@ def explain_sharding(
     tower: TowerSize, card: Accelerator, *, ranks: int, tubelets: int, groups: int, frames: int, compute: DType
 ) -> Iterator[str]:
     """Lines for people. `frames` are a tubelet's."""
-    yield f"sharding the frozen tower over {ranks} ranks, instead of one on each (a model; nothing of it is measured):"
-    rate = card.rates.get(compute)
+    own = card.measured.rates.get(compute) if card.measured is not None else None
+    how = "a model; nothing of it is measured" if own is None else "a model; the rate is measured"
+    yield f"sharding the frozen tower over {ranks} ranks, instead of one on each ({how}):"
+    rate = card.rates.get(compute) if own is None else own
     if card.link_bandwidth is None or rate is None:
         missing = "its link's rate" if card.link_bandwidth is None else f"its rate in {compute}"
         yield f"  nothing can be said for {card.name}: {missing} is not in the table"
         return
     link = card.link_bandwidth * LINK_SHARE
-    found = break_even(tower, ranks=ranks, tubelets=tubelets, groups=groups, link=link, rate=rate * COMPUTE_SHARE)
+    share = COMPUTE_SHARE if own is None else 1.0
+    found = break_even(tower, ranks=ranks, tubelets=tubelets, groups=groups, link=link, rate=rate * share)
     if found.saved_bytes <= 0:
         yield f"  saves nothing: {GATHERED} gathered layers are more than what a rank gives up"
         return
-    stored, share = format_bytes(tower.stored_bytes), found.saved_bytes / card.memory_bytes
-    yield f"  saves       {format_bytes(found.saved_bytes)} of {stored} on each rank, {share:.1%} of the card"
+    stored, part = format_bytes(tower.stored_bytes), found.saved_bytes / card.memory_bytes
+    yield f"  saves       {format_bytes(found.saved_bytes)} of {stored} on each rank, {part:.1%} of the card"
     yield (
         f"  moves       {format_bytes(found.moved_bytes)} a rank and step in {format_seconds(found.gather_seconds)}: "
         f"{card.link} at {LINK_SHARE:.0%} of {card.link_bandwidth / 1e9:.0f} GB/s"
     )
     yield (
         f"  computes    {tubelets} tubelets in {format_seconds(found.compute_seconds)}: {compute} at "
-        f"{COMPUTE_SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s"
+        f"{share:.0%} of {rate / 1e12:.3g} TFLOP/s"
     )
     yield (
         f"  break-even  {found.tubelets} tubelets ({found.tubelets * frames} frames) a rank and step: from there on "
@@ -111,8 +114,11 @@ def explain_sharding(
         yield f"  so here     {wait}: worth it only where memory is short"
     else:
         yield "  so here     it costs next to no time: worth it as soon as the memory is of use"
-    if card.host_bandwidth is not None:
-        host = format_seconds(tower.stored_bytes * groups / (card.host_bandwidth * LINK_SHARE))
+    reached = card.measured.host_bandwidth if card.measured is not None else None
+    if reached is None and card.host_bandwidth is not None:
+        reached = card.host_bandwidth * LINK_SHARE
+    if reached is not None:
+        host = format_seconds(tower.stored_bytes * groups / reached)
         yield f"  instead     --memory.placement cpu saves as much on one rank, and fetches for {host} a step"
 
 

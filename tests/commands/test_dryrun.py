@@ -11,6 +11,7 @@ import pytest
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast import virtual_gpu
+from bigvivit.units import GiB
 from tests.launching import BIN, call, environment, free_port
 
 TRAIN = """
@@ -209,3 +210,23 @@ def test_wrong_usage_is_said_before_anything_runs(words: tuple[str, ...], said: 
 def test_a_program_that_is_not_there() -> None:
     done = call("dryrun", "--gpu", "L4", "--", "no-such-program")
     assert (done.returncode, "'no-such-program' is no program" in done.stderr) == (2, True)
+
+
+def test_what_was_measured_on_the_card_counts(program: Path, tmp_path: Path) -> None:
+    program.write_text(TRAIN)
+    values = {
+        "card": "NVIDIA GeForce RTX 2080 Ti", "device": "cuda", "evidence": "measured", "date": "2026-11-26",
+        "torch": "2.14.1", "cuda": "13.0", "driver": "580.65", "capability": 75, "memory_bytes": 10 * GiB,
+        "context_bytes": [GiB, 2 * GiB, 2 * GiB], "workspace_bytes": None, "scratch_bytes": None, "rates": {},
+        "bandwidth": None, "host_bandwidth": None, "disk_bandwidth": None,
+    }  # fmt: skip
+    (tmp_path / "calibration.json").write_text(json.dumps(values))
+    words = ("--calibration", tmp_path / "calibration.json", "--", sys.executable, program, 64, tmp_path / "said")
+    done = dryrun("--gpu", "2080 Ti", "--json", *words, cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert found["calibration"]["where"].startswith("measured on this card on 2026-11-26 (driver 580.65")
+    assert found["peak_driver_bytes"] == found["peak_reserved_bytes"] + 2 * GiB
+    assert "context 2 GiB, measured on this card" in dryrun("--gpu", "2080 Ti", *words, cwd=tmp_path).stdout
+    refused = dryrun("--gpu", "L4", *words, cwd=tmp_path)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert "was measured on NVIDIA GeForce RTX 2080 Ti, which is not L4" in refused.stderr

@@ -20,7 +20,10 @@ from typing import Any, Literal
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast import virtual_gpu
+from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.dryrun import sandbox
+from bigvivit.forecast.hardware import find_accelerator
+from bigvivit.forecast.overhead import context
 
 VARIABLE = "BIGVIVIT_DRYRUN"
 """What the recorder in each process reads."""
@@ -57,6 +60,8 @@ class Request:
     sandbox: bool = False
     conf: str | None = None
     """PYTORCH_ALLOC_CONF of the run; None leaves the user's."""
+    known: Accelerator | None = None
+    """The GPU's row with what a calibration says of it; None for the table's alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +192,9 @@ def end_with_us() -> None:
 def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
     """The user's, on virtual GPUs, with what the recorder must know."""
     settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot}
-    environment = {**os.environ, **virtual_gpu.environment(request.gpu, gpus=request.gpus)}
+    card = request.known or find_accelerator(request.gpu)
+    sizes = {"memory_bytes": card.memory_bytes, "context_bytes": context(card).expected_bytes}
+    environment = {**os.environ, **virtual_gpu.environment(card.name, gpus=request.gpus, **sizes)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)  # it chooses among real ones
     environment[VARIABLE] = json.dumps(settings)
     if request.conf is not None:

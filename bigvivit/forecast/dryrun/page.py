@@ -33,6 +33,10 @@ def print_page(outcome: Outcome, other: dict[str, Any] | None) -> None:
         Text(f"{shlex.join(outcome.request.command)} on {name_gpus(outcome.request)}: {outcome.word} (virtual)"),
         soft_wrap=True,
     )
+    known = outcome.request.known
+    measured = known.measured if known is not None else None
+    if measured is not None and measured.context_bytes is not None:
+        console.print(f"  context {format_bytes(measured.context_bytes[1])}, {measured.where}", soft_wrap=True)
     if outcome.word in ("failed", "no GPU used"):
         for line in describe_failure(outcome):
             console.print(Text(line), soft_wrap=True)

@@ -36,7 +36,7 @@ def find_card(gpu: str, memory_bytes: int | None = None) -> Accelerator:
     return row
 
 
-def describe(gpu: str, gpus: int, memory_bytes: int | None) -> str:
+def describe(gpu: str, gpus: int, memory_bytes: int | None, context_bytes: int | None = None) -> str:
     """The value of BIGVIVIT_VIRTUAL_GPU: fields as csrc/device.c reads them, joined by semicolons."""
     if not 1 <= gpus <= MAX_GPUS:
         raise ConfigError(f"gpus={gpus} must be 1 to {MAX_GPUS}, what one node holds")
@@ -48,7 +48,7 @@ def describe(gpu: str, gpus: int, memory_bytes: int | None) -> str:
         "name": row.device.name,
         "gpus": gpus,
         "memory": memory_bytes or row.memory_bytes,
-        "context": context(row).expected_bytes,
+        "context": context(row).expected_bytes if context_bytes is None else context_bytes,
         "communicator": nccl(row, 1).expected_bytes,
         "capability": row.capability,
         "multiprocessors": row.device.multiprocessors,

@@ -35,14 +35,16 @@ class VirtualGpuError(RuntimeError):
     """The child process ended before it answered."""
 
 
-def environment(gpu: str, *, gpus: int = 1, memory_bytes: int | None = None) -> dict[str, str]:
+def environment(
+    gpu: str, *, gpus: int = 1, memory_bytes: int | None = None, context_bytes: int | None = None
+) -> dict[str, str]:
     """Variables, in addition to the present ones, with which a program started as a child runs on virtual GPUs.
 
     `gpu` is a card of the table, `gpus` how many of it the node has (1 to 64), `memory_bytes` another memory than the
-    card's. Builds the library where it is not built. Raises ConfigError for what cannot be: no such card, no CUDA
-    build of PyTorch, no compiler, no Linux.
+    card's, `context_bytes` another context than is expected of it. Builds the library where it is not built. Raises
+    ConfigError for what cannot be: no such card, no CUDA build of PyTorch, no compiler, no Linux.
     """
-    described = describe(gpu, gpus, memory_bytes)
+    described = describe(gpu, gpus, memory_bytes, context_bytes)
     library = build_library()
     check_architecture(gpu, library)
     folder = str(library.path.parent)
@@ -79,10 +81,14 @@ def joined(first: str, variable: str, separators: str) -> str:
 
 
 class Child:
-    """A process on virtual GPUs in which functions are called, one after another; it is started by the first call."""
+    """A process in which functions are called, one after another; it is started by the first call.
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self._env = env
+    `env` are variables in addition to the present ones, those of `environment` for virtual GPUs; `name` is for
+    messages.
+    """
+
+    def __init__(self, env: dict[str, str], name: str = "the child process on virtual GPUs") -> None:
+        self._env, self._name = env, name
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -142,7 +148,12 @@ class Child:
         code = self._process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         text = self._show_errors().partition("Current thread's C stack trace")[0].strip()  # which Python 3.14 adds
-        return f"the child process on virtual GPUs ended ({how}): {text[-2000:] or 'it wrote nothing'}"
+        return f"{self._name} ended ({how}): {text[-2000:] or 'it wrote nothing'}"
+
+    def kill(self) -> None:
+        """End the process at once, from another thread: the call that waits for it raises VirtualGpuError."""
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
         if self._connection is not None and self._process is not None:
@@ -153,12 +164,14 @@ class Child:
 
 
 @contextmanager
-def virtual_gpu(gpu: str, *, gpus: int = 1, memory_bytes: int | None = None) -> Iterator[Child]:
+def virtual_gpu(
+    gpu: str, *, gpus: int = 1, memory_bytes: int | None = None, context_bytes: int | None = None
+) -> Iterator[Child]:
     """A child process on virtual GPUs for the length of a block: `with virtual_gpu("A100 80GB") as gpu: gpu.call(f)`.
 
     Arguments and errors are those of `environment`.
     """
-    child = Child(environment(gpu, gpus=gpus, memory_bytes=memory_bytes))
+    child = Child(environment(gpu, gpus=gpus, memory_bytes=memory_bytes, context_bytes=context_bytes))
     try:
         yield child
     finally:

@@ -1,0 +1,85 @@
+"""Rows about seconds: whole steps of both stages, a tower streamed and batched, and copies that hide."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigvivit.assemble import choose_device
+from bigvivit.calibrate.device import clear, quick_fill, seconds_of, synchronize
+from bigvivit.forecast.virtual_gpu import is_active
+from bigvivit.memory.placement import Fetch, Here, Placement
+from bigvivit.memory.stream import FrozenTower
+from bigvivit.model.tubelet import to_tubelets
+from bigvivit.training.step import LabelledClips, train_step
+from bigvivit.trial import Trial, build_trial
+
+REPEATS = 3
+
+
+class Waiting:
+    """A placement that has every layer arrive before its fetch returns: nothing comes while anything computes."""
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self.placement, self.device, self.seconds = placement, device, 0.0
+        self.fetches = 0
+
+    def store(self, buffer: Tensor) -> int:
+        return self.placement.store(buffer)
+
+    def fetch(self, number: int) -> Fetch:
+        self.fetches += 1
+        synchronize(self.device)
+        started = time.perf_counter()
+        here = self.placement.fetch(number).wait()
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - started
+        return Here(here)
+
+
+def build(trial: Trial, device: torch.device) -> tuple[Any, LabelledClips]:
+    """As training does, clips page-locked as its loader has them."""
+    virtual = is_active()
+    engine, batch = build_trial(trial, device, fake=virtual, fill=None if virtual else quick_fill())
+    if device.type == "cuda":
+        batch.clips = batch.clips.pin_memory()
+    return engine, batch
+
+
+def time_step(device: str, trial: str) -> dict[str, Any]:
+    """Seconds of a whole step."""
+    where = choose_device(device)
+    if where.type == "cuda":
+        clear()
+    engine, batch = build(Trial.from_json(trial), where)
+    return {"seconds_per_step": seconds_of(lambda: train_step(engine, [batch]), where, REPEATS)}
+
+
+def time_tower(device: str, trial: str) -> dict[str, Any]:
+    """Seconds of the frozen tower alone. Where its layers come from elsewhere also when each is waited for, and of the
+    copies by themselves: what of them is hidden."""
+    where = choose_device(device)
+    if where.type == "cuda":
+        clear()
+    own = Trial.from_json(trial)
+    engine, batch = build(own, where)
+    tower: FrozenTower = engine.module.tower
+    pixels = to_tubelets(batch.clips, own.tubelet)
+    ahead = seconds_of(lambda: tower(pixels), where, REPEATS)
+    if own.plan.placement == "device" or tower.placement is None:
+        return {"seconds": ahead}
+    placement, waiting = tower.placement, Waiting(tower.placement, where)
+    tower.placement = waiting
+    seconds = seconds_of(lambda: tower(pixels), where, REPEATS)
+    tower.placement = placement
+    copies = waiting.seconds / (REPEATS + 1)
+    hidden = (seconds - ahead) / copies if copies else -1.0
+    return {
+        "seconds": ahead,
+        "waiting_seconds": seconds,
+        "copies_seconds": copies,
+        "hidden_share": hidden if 0 <= hidden <= 1 else "not resolved",
+    }
