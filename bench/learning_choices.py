@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,16 @@ def main(arguments: ChoiceArguments) -> None:
     settings = {"arm": ARM.label, "folds": FOLDS[1:], "seed": 0, "preset": "small", "changed": changes()}
     stem = write_report(arguments.results, "learning_choices", device=torch.device("cpu"), settings=settings, rows=rows)
     print(f"wrote {stem}.json and .md")
+
+
+def docs_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of a report as docs/learning.md shows them; a test holds the page to it."""
+    lines = ["| | top-1 | shuffled | over what is shipped |", "| --- " * 4 + "|"]
+    for row in rows:
+        over = f"{row['over_shipped']:+.1%} ({row['over_shipped_low']:+.1%} to {row['over_shipped_high']:+.1%})"
+        over = "" if row is rows[0] else over if row["resolved"] else "not resolved"
+        lines.append(f"| {row['choice']} | {row['top1']:.1%} | {row['top1_shuffled']:.1%} | {over} |")
+    return "\n".join(lines)
 
 
 def changes() -> dict[str, str]:

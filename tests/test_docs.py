@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench.dryrun_programs import docs_table as dryrun_table
+from bench.learning_choices import docs_table as choices_table
 from bench.real_clips import docs_table
 from bigvivit.versions import PACKAGES, minor
 from tests.launching import ROOT
@@ -47,6 +48,12 @@ def test_the_table_of_real_clips_is_the_linked_reports() -> None:
     rows = json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]
     assert docs_table(rows) in page
     assert all(row["evidence"] == "measured" for row in rows)
+
+
+def test_the_table_of_choices_is_the_linked_reports() -> None:
+    page = (ROOT / "docs" / "learning.md").read_text()
+    (report,) = set(re.findall(r"bench/results/(learning_choices_\S+?)\.md", page))
+    assert choices_table(json.loads((ROOT / "bench" / "results" / f"{report}.json").read_text())["rows"]) in page
 
 
 def test_the_table_of_dry_runs_is_the_linked_reports() -> None:

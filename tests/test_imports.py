@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "recipes": {"config"},
     "model": {"model", "units", "versions"},
     "memory": {"memory", "units", "config", "versions"},
-    "training": {"training", "units", "config", "memory", "versions"},
+    "training": {"training", "units", "config", "memory", "versions", "forecast.virtual_gpu.inside"},
     "forecast": {"forecast", "memory", "training.step", "config", "units", "versions"},
     "data": {"data", "units", "config", "versions", "__version__"},
 }

@@ -60,7 +60,7 @@ def describe_device(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
-        from bigvivit.forecast.virtual_gpu import is_active
+        from bigvivit.forecast.virtual_gpu.inside import is_active
 
         return torch.cuda.get_device_name(device) + " (virtual)" * is_active()
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
