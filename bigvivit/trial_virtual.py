@@ -94,7 +94,7 @@ def take_steps(text: str, rank: int, steps: int) -> VirtualStep:
     from bigvivit.assemble import choose_device
     from bigvivit.forecast.trace import repeat_batch
     from bigvivit.forecast.virtual_gpu.alone import start_alone
-    from bigvivit.forecast.virtual_gpu.inside import locked_bytes
+    from bigvivit.forecast.virtual_gpu.inside import let_collectives_go, locked_bytes
     from bigvivit.memory.out_of_memory import is_out_of_memory
     from bigvivit.training.step import train_step
     from bigvivit.trial import Trial, build_trial
@@ -112,6 +112,7 @@ def take_steps(text: str, rank: int, steps: int) -> VirtualStep:
         engine, batch = build_trial(trial, device, fake=True)
         for _ in range(steps):
             train_step(engine, repeat_batch(batch, trial.accumulate))
+            let_collectives_go()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -124,6 +124,16 @@ def test_one_of_several_ranks_runs_on_a_virtual_gpu() -> None:
     assert found["capacity_bytes"]["expected"] < 24 * GiB - 400 * MiB - 128 * MiB  # context and NCCL
 
 
+def test_ddp_on_a_virtual_gpu_is_the_same_each_time() -> None:
+    """Its first buckets are gone in the second step, as on a GPU, whose steps take longer."""
+    if torch.version.cuda is None:
+        pytest.skip("PyTorch without CUDA")
+    words = ["--tower", "vit-b", "--frames", "8", "--hardware", "RTX 3090", "--json", "--ranks", "8", "--explain"]
+    peaks = [json.loads(plan(*words).stdout) for _ in range(2)]
+    assert peaks[0]["peak_bytes"] == peaks[1]["peak_bytes"]
+    assert peaks[0]["peak_bytes"] == pytest.approx(peaks[0]["trace"]["peak_bytes"] + 17 * 10**6, rel=0.03)
+
+
 def test_settings_are_for_programs_too() -> None:
     config = PlanConfig(tower="vit-b", frames=8, hardware="24GiB", ds=Path("zero3"))
     verdict = VirtualVerdict(VirtualStep(1, 2, 0, None), (True, True, True), (1, 2, 3))

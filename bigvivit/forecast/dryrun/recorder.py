@@ -28,7 +28,7 @@ from typing import Any
 
 from bigvivit.forecast import virtual_gpu
 from bigvivit.forecast.dryrun.history import Interval, describe_device, find_caller, write_events
-from bigvivit.forecast.virtual_gpu import hooks
+from bigvivit.forecast.virtual_gpu import hooks, inside
 
 VARIABLE = "BIGVIVIT_DRYRUN"
 """Names what a dry run's processes must know, as JSON: `folder`, `steps`, `snapshot`."""
@@ -142,6 +142,7 @@ class Recorder:
             self.step_ends.append(time.monotonic())
             if before == 0 and self.torch.cuda.is_initialized():
                 (self.folder / f"{os.getpid()}.stepping").touch()
+            inside.let_collectives_go()
         self.calls += 1
         self.end_when_done()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+import time
 
 VARIABLE = "BIGVIVIT_VIRTUAL_GPU"
 """Describes the cards to the library; set in every process on virtual GPUs."""
@@ -55,6 +57,18 @@ def hold_events(hold: bool) -> None:
     """While held, no event completes when it is asked: blocks that other streams still use stay taken, as where the
     host runs far ahead of a device. Waiting for an event still returns."""
     active_library().bigvivit_virtual_gpu_hold_events(int(hold))
+
+
+WATCHDOG_S = 0.25
+"""PyTorch's watchdog of NCCL looks every 0.1 s for collectives that are done."""
+
+
+def let_collectives_go() -> None:
+    """Wait until PyTorch has let go of what the collectives of a step used, after which it looks now and then: a step
+    takes longer than that on a GPU and less here, and buffers that are gone there would be counted here."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        time.sleep(WATCHDOG_S)
 
 
 def be_alone() -> None:
