@@ -1,5 +1,5 @@
-"""Programs that take the same tensors on a CPU and on a GPU, for `bench/virtual_truth.py`: each is a function of a device
-that gives one step as a function.
+"""Programs that take the same tensors on a CPU and on a GPU, for `bench/virtual_truth.py`: each is a function of a
+device that gives one step as a function.
 
 Left out is what the two do differently: convolutions, fused attention, autocast, dropout, foreach optimizers.
 """

@@ -113,7 +113,7 @@ def hold_to(recording: Recording, traces: Path) -> dict[str, Any]:
     wanted, found = number_events(trace.events), number_events(watched.during)
     if recording.autocast:  # what it had cast goes at once, in the order of a hash table of addresses
         last = max(at for at, (kind, _) in enumerate(wanted) if kind == "+") + 1
-        wanted, found = ([*events[:last], *sorted(events[last:])] for events in (wanted, found))
+        wanted, found = ([*events[:last], *sorted(events[last:], key=str)] for events in (wanted, found))
     played, recorded = play(watched, recording.torch), compare(trace)
     row: dict[str, Any] = {
         "recording": recording.name,

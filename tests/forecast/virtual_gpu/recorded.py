@@ -62,6 +62,9 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
+    sine: Tensor
+    cosine: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (Projection() for _ in range(4))

@@ -38,6 +38,8 @@ class Norm(nn.Module):
 
 
 class Rotation(nn.Module):
+    table: Tensor
+
     def __init__(self, length: int) -> None:
         super().__init__()
         angles = torch.arange(length)[:, None] * torch.arange(WIDTH // HEADS // 2)[None]
