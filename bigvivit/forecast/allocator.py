@@ -248,9 +248,9 @@ class Allocator:
             pieces.append((start, length, requested, state))
             end = start + length
         blocks: dict[int, Block] = {}
-        previous = None
+        previous, number = None, 0 if expandable else self._next_segment()
         for start, length, requested, state in pieces[:-1]:
-            block = Block(pool, start, length, growing)
+            block = Block(pool, start, length, growing, number)
             block.prev = previous
             if previous is not None:
                 previous.next = block
@@ -307,10 +307,32 @@ class Allocator:
     def _by_stream(self, small: bool) -> list[Pool]:
         return [self._pools[key] for key in sorted(self._pools) if key[0] == small]
 
+    def lacks_room(self, requested: int, stream: int = 0) -> bool:
+        """Whether this request, now, would first have cached memory given back: the device has no room for it, or
+        garbage is collected. Changes nothing."""
+        size = self.round_size(requested)
+        pool = self._pool(size <= SMALL_REQUEST, stream)
+        if self._find_cached(pool, size) is not None:
+            return False
+        if self._collects:
+            assert self._allowed is not None
+            if self.reserved_bytes > int(self.settings.garbage_collection_threshold * self._allowed):
+                return True
+        segment = self._segment_size(size)
+        if self._allowed is not None and self.reserved_bytes + segment > self._allowed:
+            return True
+        more = self._bytes_to_map(pool, size) if self.settings.expandable_segments else segment
+        return self.capacity_bytes is not None and self.reserved_bytes + more > self.capacity_bytes
+
     def _take_cached(self, pool: Pool, size: int) -> Block | None:
         """Best fit (get_free_block)."""
         if self._collects:
             self._lookups[pool.small] += 1
+        index = self._find_cached(pool, size)
+        return None if index is None else pool.free.pop(index)[3]
+
+    def _find_cached(self, pool: Pool, size: int) -> int | None:
+        """Its place among the pool's cached blocks."""
         free, index = pool.free, bisect_left(pool.free, (size, 0))
         if index == len(free):
             return None
@@ -335,7 +357,7 @@ class Allocator:
             else found >= size + self.settings.max_non_split_rounding_bytes
         ):
             return None
-        return free.pop(index)[3]
+        return index
 
     def _grow(self, pool: Pool, size: int) -> Block | None:
         """Ask the device for memory (alloc_block); None where it has no room."""
@@ -368,6 +390,20 @@ class Allocator:
             block = following
         block.pool.remove(block)
         return block
+
+    def _bytes_to_map(self, pool: Pool, size: int) -> int:
+        """What `_grow_expandable` would ask the device for, in whole pages."""
+        page, idle = self._page(pool.small), 0
+        for _, block in pool.unmapped:
+            before = block.prev.size if block.prev is not None and is_idle(block.prev) else 0
+            bytes_there, step = before, block
+            while bytes_there < size and step is not None and is_idle(step):
+                bytes_there += step.size
+                step = step.next  # type: ignore[assignment]
+            if bytes_there >= size:
+                idle = before
+                break
+        return -(-(size - idle) // page) * page
 
     def _find_expandable(self, pool: Pool, size: int) -> Block:
         """The lowest address with enough idle or unmapped bytes, else a new segment (find_expandable_block)."""

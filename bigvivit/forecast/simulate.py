@@ -20,7 +20,7 @@ class Run:
     peak_reserved_bytes: int = 0
     """Asked of the device at once, at most."""
     allocated_at_peak_bytes: int = 0
-    """Blocks in use when what was reserved was most."""
+    """Blocks in use when what was reserved was most: of several such moments, at the fullest."""
     requested_at_peak_bytes: int = 0
     """Of these, what the program had asked for."""
     flushes: int = 0
@@ -60,7 +60,8 @@ def simulate(
     empty: set[int] = set()
     run = Run(allocator.settings)
     malloc, free = allocator.malloc, allocator.free
-    most, index = -1, -1
+    most, fullest, index = allocator.reserved_bytes, allocator.allocated_bytes, -1
+    run.allocated_at_peak_bytes, run.requested_at_peak_bytes = fullest, allocator.requested_bytes
     try:
         for kind, name, size, stream in events:
             index += 1
@@ -69,9 +70,11 @@ def simulate(
                     blocks[name] = block = malloc(size, stream)
                     if placed is not None:
                         placed(name, block)
-                    if allocator.reserved_bytes > most:
-                        most = allocator.reserved_bytes
-                        run.allocated_at_peak_bytes = allocator.allocated_bytes
+                    if allocator.reserved_bytes > most or (
+                        allocator.allocated_bytes > fullest and allocator.reserved_bytes == most
+                    ):
+                        most, fullest = allocator.reserved_bytes, allocator.allocated_bytes
+                        run.allocated_at_peak_bytes = fullest
                         run.requested_at_peak_bytes = allocator.requested_bytes
                 else:
                     empty.add(name)

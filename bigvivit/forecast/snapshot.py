@@ -14,14 +14,16 @@ import pickle
 import resource
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import SMALL_REQUEST, SMALL_SEGMENT, Allocator
+from bigvivit.forecast.allocator import SMALL_SEGMENT, Allocator
+from bigvivit.forecast.ranges import Ranges
+from bigvivit.forecast.recording import Event, Segment, Trace, expect
+from bigvivit.forecast.tails import find_tails
 from bigvivit.units import GiB, MiB, format_bytes
 
 LARGEST_FILE = 4 * GiB
@@ -30,43 +32,6 @@ KINDS = {
     **{"alloc": "a", "free_requested": "r", "free_completed": "f", "segment_alloc": "S", "segment_free": "s"},
     **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
 }
-
-
-class Event(NamedTuple):
-    """One line of a trace. Kinds: a allocated, r free requested, f free completed, S s M U as in `SegmentEvent`,
-    o out of memory. Programs (`forecast.simulate`) know further ones."""
-
-    kind: str
-    address: int
-    """Of the block or segment; of `o` the bytes the device still had."""
-    size: int
-    """Bytes; of a block what was asked for."""
-    stream: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment and its allocated blocks: (address, size, requested)."""
-
-    address: int
-    size: int
-    stream: int
-    small: bool
-    expandable: bool
-    live: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one device's allocator did."""
-
-    name: str
-    initial: tuple[Segment, ...]
-    """The state before the first event."""
-    events: tuple[Event, ...]
-    settings: AllocatorSettings
-    settings_known: bool
-    """Whether the file says them; otherwise only `expandable_segments` is seen, in the events."""
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -93,7 +58,12 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
                 'and stacks="python"'
             )
         with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
+            start = file.read(16)
+        if start == b"SQLite format 3\0":
+            raise ConfigError(
+                "it is an SQLite database, not a pickle: write the snapshot with torch.cuda.memory._dump_snapshot"
+            )
+        packed = start[:2] == b"\x1f\x8b"
         with limited_memory(64 * size + GiB):
             if packed:
                 return check_blocks(read_jsonl(path, conf))
@@ -150,7 +120,7 @@ def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
         initial.append(Segment(address, size, stream, pool == "small", False, blocks))
     events = tuple(to_event(*row) for row in rows if row[0] != "x")
     settings = conf or AllocatorSettings(expandable_segments=bool(header["expandable"]))
-    return Trace(path.name, tuple(initial), events, settings, settings_known=conf is not None)
+    return Trace(path.name, find_tails(initial, events, settings), events, settings, settings_known=conf is not None)
 
 
 def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSettings | None) -> Trace:
@@ -197,12 +167,19 @@ def to_event(kind: str, address: int, size: int, stream: int) -> Event:
 
 
 def check_blocks(trace: Trace) -> Trace:
-    """The trace, if only blocks that are there are freed, and none is put where one is; else a ConfigError."""
+    """The trace, if only blocks that are there are freed, none is put where one is, and each lies in memory that was
+    asked for; else a ConfigError."""
     live = {address for segment in trace.initial for address, _, _ in segment.live}
     requested: set[int] = set()
-    for kind, address, _, _ in trace.events:
+    memory = Ranges((segment.address, segment.address + segment.size) for segment in trace.initial)
+    for kind, address, size, _ in trace.events:
         if kind == "a":
             expect(address not in live, f"it allocates a block at {address:#x}, where one is")
+            expect(
+                memory.hold(address, address + size),
+                f"it allocates a block of {size} B at {address:#x}, outside every segment: what writes events of its "
+                "own must write `segment_alloc` too, or the segments at the end",
+            )
             live.add(address)
         elif kind in "rf":
             expect(address in live, f"it frees a block at {address:#x}, where none is")
@@ -212,6 +189,10 @@ def check_blocks(trace: Trace) -> Trace:
             else:
                 live.discard(address)
                 requested.discard(address)
+        elif kind in "SM":
+            memory.add(address, address + size)
+        elif kind in "sU":
+            memory.remove(address, address + size)
     return trace
 
 
@@ -232,8 +213,7 @@ def read_segment(raw: Any) -> Segment:
 def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings) -> tuple[Segment, ...]:
     """The state before the first event, by taking the events back from the last to the first.
 
-    A block that was there before and freed in between is known by what was asked for; its size is the rounded request,
-    and in the large pool a gap of up to 1 MiB behind it is its own unsplit end (a cached block is larger there).
+    A block that was there before and freed in between is known by what was asked for; where it ends, `find_tails` says.
     Raises ConfigError where the events do not lead to the final state.
     """
     segments = {segment.address: segment for segment in final if not segment.expandable}
@@ -262,7 +242,8 @@ def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings)
             small = bool(size % settings.large_segment_bytes)
             pages.update(dict.fromkeys(range(address, address + size, MiB), (stream, small)))
     ranges = [*segments.values(), *join_pages(pages)]
-    return tuple(place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
+    placed = (place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
+    return find_tails(placed, events, settings)
 
 
 def join_pages(pages: dict[int, tuple[int, bool]]) -> list[Segment]:
@@ -282,19 +263,5 @@ def place(segment: Segment, live: dict[int, tuple[int, int]], settings: Allocato
     end = segment.address + segment.size
     inside = sorted(address for address in live if segment.address <= address < end)
     round_size = Allocator(replace(settings, per_process_memory_fraction=1.0)).round_size
-    blocks = []
-    for address, behind in pairwise([*inside, end]):
-        size, requested = live[address]
-        if not size:
-            size = round_size(requested)
-            gap = behind - address - size
-            if not segment.small and not segment.expandable and 0 < gap <= SMALL_REQUEST:
-                size += gap
-        blocks.append((address, size, requested))
-    return replace(segment, live=tuple(blocks))
-
-
-def expect(holds: bool, otherwise: str) -> None:
-    """Raise ConfigError where the file is not what it should be."""
-    if not holds:
-        raise ConfigError(otherwise)
+    sizes = [(address, *live[address]) for address in inside]
+    return replace(segment, live=tuple((address, size or round_size(asked), asked) for address, size, asked in sizes))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from bigvivit.forecast.allocator import Allocator, oldest_segment_first
 from bigvivit.forecast.blocks import Block
+from bigvivit.forecast.recording import Event
 from bigvivit.forecast.simulate import simulate
-from bigvivit.forecast.snapshot import KINDS, Event
+from bigvivit.forecast.snapshot import KINDS
 
 
 class Watched(NamedTuple):
