@@ -35,6 +35,7 @@ SMALL_REQUEST = MiB  # kSmallSize: the largest that the small pool serves
 SMALL_SEGMENT = 2 * MiB  # kSmallBuffer
 MIN_LARGE_SEGMENT = 10 * MiB  # kMinLargeAlloc: from here a segment is made for its request
 SEGMENT_ROUNDING = 2 * MiB  # kRoundLarge
+PRIVATE = 1 << 64  # streams from here on are those of private pools (CUDA graphs)
 
 
 class SegmentEvent(NamedTuple):
@@ -129,6 +130,7 @@ class Allocator:
         self._pools: dict[tuple[bool, int], Pool] = {}
         self._lookups = {False: 0, True: 0}
         self._events: dict[int, list[Block]] = {}
+        self._released_pools: set[int] = set()
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.requested_bytes = 0
@@ -199,19 +201,27 @@ class Allocator:
                 self._cache(block)
 
     def empty_cache(self) -> None:
-        """Give back what is cached (release_cached_blocks): large pool first, by stream, size and address."""
+        """Give back what is cached (release_cached_blocks): large pool first, by stream, size and address; then of
+        private pools whose graphs are gone, small first. Others keep what they have: graphs write there later."""
         for stream in list(self._events):
             self.synchronize(stream)
-        for small in (False, True):
-            for pool in self._by_stream(small):
+        own = [[pool for pool in self._by_stream(small) if pool.stream < PRIVATE] for small in (False, True)]
+        for stream in sorted(self._released_pools):
+            own += [[self._pool(small, stream)] for small in (True, False)]
+        for pools in own:
+            for pool in pools:
                 for *_, block in list(pool.free):
                     if block.expandable is None and block.whole:
                         self._release(block)
             # expandable blocks after the others of the pool: unmapping changes the lists
-            for pool in self._by_stream(small):
+            for pool in pools:
                 for *_, block in list(pool.free):
                     if block.expandable is not None:
                         self._unmap(block)
+
+    def release_pool(self, stream: int) -> None:
+        """The graphs of a private pool are gone: from here on what it has cached is given back with the rest."""
+        self._released_pools.add(stream)
 
     def adopt(
         self,
@@ -540,7 +550,8 @@ class Allocator:
         if self.reserved_bytes <= threshold:
             return
         target, reclaimed, lookups = self.reserved_bytes - threshold, 0, self._lookups[False]
-        whole = [block for pool in self._by_stream(False) for *_, block in pool.free if block.whole]
+        pools = [pool for pool in self._by_stream(False) if pool.stream < PRIVATE]
+        whole = [block for pool in pools for *_, block in pool.free if block.whole]
         total_age, count = sum(lookups - block.age_base for block in whole), len(whole)
         freed = True
         while reclaimed < target and freed and count:

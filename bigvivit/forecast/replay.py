@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings
 from bigvivit.forecast.allocator import (
+    PRIVATE,
     SMALL_REQUEST,
     SMALL_SEGMENT,
     Allocator,
@@ -225,6 +226,9 @@ def between(
             done.append(Event("y", 0, 0, -1 - address))
         elif kind == "f":
             done.append(Event("f", address, 0, stream))  # requested before the trace starts
+    for stream in sorted({event.stream for event in events[start:end] if event.kind in "sU"}):
+        if stream >= PRIVATE:  # its graphs are gone, else it would have kept its segments
+            yield Event("g", 0, 0, stream)
     kinds = {event.kind for event in events[start:end]}
     request = events[end] if end < len(events) and events[end].kind != "r" else None
     asked = () if request is None else (request if request.kind == "a" else request._replace(address=0),)

@@ -52,7 +52,8 @@ def simulate(
     """Run `(kind, id, size, stream)` events to their end or to the first request that cannot be met.
 
     Kinds: a allocate `size` bytes under `id` (0 bytes take nothing); f free `id`; u the block `id` is used on `stream`
-    too (record_stream); y the work given to `stream` is done; e empty the cache; o an allocation the program survives
+    too (record_stream); y the work given to `stream` is done; e empty the cache; g the graphs of
+    the private pool `stream` are gone; o an allocation the program survives
     failing. `blocks` are those there before, by id; `placed(id, block)` sees each allocation. An id that is freed or
     used without being there is a KeyError: the caller's stream of events is wrong.
     """
@@ -89,6 +90,8 @@ def simulate(
                 allocator.synchronize(stream)
             elif kind == "e":
                 allocator.empty_cache()
+            elif kind == "g":
+                allocator.release_pool(stream)
             elif kind == "o":
                 try:
                     free(malloc(size, stream))

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import SMALL_SEGMENT, Allocator
+from bigvivit.forecast.allocator import PRIVATE, SMALL_SEGMENT, Allocator
 from bigvivit.forecast.ranges import Ranges
 from bigvivit.forecast.recording import Event, Segment, Trace, expect
 from bigvivit.forecast.tails import find_tails
@@ -142,9 +142,13 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
         kind = KINDS.get(entry["action"])
         if kind is not None:
             address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
-            events.append(to_event(kind, address, entry["size"], entry.get("stream", 0)))
-        expect(entry.get("pool_id", (0, 0)) == (0, 0), "it uses private pools (CUDA graphs), which are not modelled")
+            stream = pooled(entry.get("stream", 0), entry.get("pool_id", (0, 0)))
+            events.append(to_event(kind, address, entry["size"], stream))
     final = [read_segment(raw) for raw in data["segments"] if raw.get("device", device) == device]
+    expect(
+        "pool_id" in traces[device][0] or all(segment.stream < PRIVATE for segment in final),
+        "it has private pools (CUDA graphs), but its events do not say whose they are: record it with a newer PyTorch",
+    )
     settings, known = conf, conf is not None
     recorded = (data.get("allocator_settings") or {}).get("PYTORCH_CUDA_ALLOC_CONF")
     if settings is None and isinstance(recorded, str):
@@ -153,6 +157,13 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
         expandable = any(event.kind in "MU" for event in events) or any(segment.expandable for segment in final)
         settings = AllocatorSettings(expandable_segments=expandable)
     return Trace(name, undo(final, events, settings), tuple(events), settings, known)
+
+
+def pooled(stream: int, pool: Any) -> int:
+    """The stream, by another number in each private pool: what pools and streams have does not mix, in the same way."""
+    known = isinstance(pool, tuple | list) and len(pool) == 2
+    expect(known and all(type(part) is int and 0 <= part < PRIVATE for part in pool), f"{pool!r} is no pool")
+    return int(stream) + PRIVATE * (pool[0] + PRIVATE * pool[1])
 
 
 def to_event(kind: str, address: int, size: int, stream: int) -> Event:
@@ -207,7 +218,8 @@ def read_segment(raw: Any) -> Segment:
         address += block["size"]
     expect(0 < raw["total_size"] < LARGEST_BLOCK, f"a segment of {raw['total_size']} B is out of range")
     small, expandable = raw["segment_type"] == "small", bool(raw.get("is_expandable", False))
-    return Segment(raw["address"], raw["total_size"], raw["stream"], small, expandable, tuple(live))
+    stream = pooled(raw["stream"], raw.get("segment_pool_id", (0, 0)))
+    return Segment(raw["address"], raw["total_size"], stream, small, expandable, tuple(live))
 
 
 def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings) -> tuple[Segment, ...]:

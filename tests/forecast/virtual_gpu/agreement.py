@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -64,8 +65,11 @@ def random_program(
     return operations
 
 
-def run_program(operations: list[Operation], conf: str, fraction: float) -> Recorded:
-    """Run a program through PyTorch's allocator, fresh in this process, with these settings."""
+def run_program(
+    operations: list[Operation], conf: str, fraction: float, start: int = 0, snapshot: str | None = None
+) -> Recorded:
+    """Run a program through PyTorch's allocator, fresh in this process, with these settings. It is recorded from the
+    operation `start` on, and the recording written to the file `snapshot`."""
     import torch
 
     library = ctypes.CDLL(None)
@@ -75,11 +79,12 @@ def run_program(operations: list[Operation], conf: str, fraction: float) -> Reco
     torch.cuda.init()
     if fraction < 1:
         torch.cuda.set_per_process_memory_fraction(fraction)
-    torch.cuda.memory._record_memory_history(context=None, stacks="python", max_entries=10**6)
     made = [torch.cuda.current_stream()] + [torch.cuda.Stream() for _ in range(3)]
     blocks: dict[int, torch.Tensor] = {}
     addresses: list[int | None] = []
-    for kind, number, size, stream in operations:
+    for place, (kind, number, size, stream) in enumerate(operations):
+        if place == start:
+            torch.cuda.memory._record_memory_history(context=None, stacks="python", max_entries=10**6)
         if kind == "a":
             try:
                 with torch.cuda.stream(made[stream]):
@@ -95,6 +100,8 @@ def run_program(operations: list[Operation], conf: str, fraction: float) -> Reco
             blocks[number].record_stream(made[stream])
         elif number in blocks:
             del blocks[number]
+    if snapshot is not None:
+        torch.cuda.memory._dump_snapshot(snapshot)
     stats = torch.cuda.memory_stats()
     snapshot: Any = torch.cuda.memory._snapshot()
     events = [event for event in snapshot["device_traces"][0] if event["action"] in ACTIONS]
@@ -173,3 +180,31 @@ def run_both(
         recorded = gpu.call(run_program, operations, conf, fraction)
     settings = replace(parse_conf(conf) if conf else AllocatorSettings(), per_process_memory_fraction=fraction)
     return recorded, model_program(operations, recorded, settings, memory)
+
+
+def record_graphs(conf: str, snapshot: str) -> None:
+    """Three CUDA graphs are captured, one of them goes, and what it had is given back."""
+    import torch
+
+    if conf:
+        torch._C._accelerator_setAllocatorSettings(conf)
+    torch.cuda.memory._record_memory_history(context=None, stacks="python", max_entries=10**6)
+    kept = [torch.empty(3 * MiB, dtype=torch.uint8, device="cuda") for _ in range(5)]
+    x, made = torch.zeros(1024, 1024, device="cuda"), []
+    for count in (4, 12, 8):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x
+            for number in range(count):
+                y = torch.tanh(y) * y
+                torch.empty((number + 1) * 777_777, dtype=torch.uint8, device="cuda")
+        made.append((graph, y))
+    del kept[::2], graph, y
+    torch.cuda.empty_cache()
+    made.pop(1)
+    gc.collect()
+    torch.cuda.empty_cache()
+    kept += [torch.empty(30 * MiB, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    for graph, _ in made:
+        graph.replay()
+    torch.cuda.memory._dump_snapshot(snapshot)
