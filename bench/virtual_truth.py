@@ -21,6 +21,7 @@ from rich.progress import track
 
 from bench.own_tensors import PROGRAMS, own_peak
 from bigvivit.forecast.allocator import oldest_segment_first
+from bigvivit.forecast.recording import Event, Trace
 from bigvivit.forecast.replay import compare
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.forecast.virtual_gpu import virtual_gpu
@@ -126,6 +127,8 @@ def hold_to(recording: Recording, traces: Path) -> dict[str, Any]:
         + abs(len(found) - len(wanted)),
         "allocated_bytes": recorded.run.peak_allocated_bytes,
         "reserved_bytes": recorded.recorded_peak_reserved_bytes,
+        "asked_for_off": peak_asked([*watched.before, *watched.during], len(watched.before))
+        - peak_asked([*what_was_there(trace), *trace.events], len(what_was_there(trace))),
         "allocated_off": watched.peak_allocated_bytes - recorded.run.peak_allocated_bytes,
         "reserved_error": watched.peak_reserved_bytes / recorded.recorded_peak_reserved_bytes - 1,
         "allocated_off_in_its_order": played.peak_allocated_bytes - recorded.run.peak_allocated_bytes,
@@ -135,6 +138,26 @@ def hold_to(recording: Recording, traces: Path) -> dict[str, Any]:
     met = row["events_that_differ"] == row[f"allocated_off{which}"] == 0
     met = met and abs(row[f"reserved_error{which}"]) <= RESERVED_TARGET
     return {**row, "target": "met" if met else "not met"}
+
+
+def what_was_there(trace: Trace) -> list[Event]:
+    """The blocks before a recording, as allocations."""
+    blocks = [(segment.stream, *block) for segment in trace.initial for block in segment.live]
+    return [Event("a", address, requested, stream) for stream, address, _, requested in blocks]
+
+
+def peak_asked(events: list[Event], start: int) -> int:
+    """Most bytes of requests that live at once, from the event `start` on."""
+    live: dict[int, int] = {}
+    now = peak = 0
+    for place, (kind, address, size, _) in enumerate(events):
+        if kind == "a":
+            live[address] = size
+            now += size
+        elif kind == "f":
+            now -= live.pop(address)
+        peak = max(peak, now) if place >= start else now
+    return peak
 
 
 def random_row(conf: str, fraction: float, memory: int, defers: bool, seed: int, count: int) -> dict[str, Any]:

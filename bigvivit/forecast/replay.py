@@ -60,12 +60,23 @@ class Flushes:
     """The least that is too much for it."""
 
 
-def compare(trace: Trace, capacity_bytes: int | None = None, *, oldest_segment_first: bool = False) -> Comparison:
+class Left(Exception):  # noqa: N818 - no error
+    """The model put a block elsewhere than where it was."""
+
+
+def compare(
+    trace: Trace,
+    capacity_bytes: int | None = None,
+    *,
+    oldest_segment_first: bool = False,
+    to_the_end: bool = True,
+) -> Comparison:
     """Replay a trace from its recorded initial state under its own settings, at the addresses the driver gave.
 
     The driver's addresses are taken from the trace as long as model and trace agree; after that from
     `descending_addresses`. The capacity is by default the least that explains the trace's flushes; it also says whether
-    segments were given back because the allocator needed memory, or by the program.
+    segments were given back because the allocator needed memory, or by the program. Where it is not to go `to_the_end`,
+    the first block that lies elsewhere raises Left.
     """
     flushes = explain_flushes(trace)
     real = [SegmentEvent(*event) for event in trace.events if event.kind in "SsMU"]
@@ -95,6 +106,8 @@ def compare(trace: Trace, capacity_bytes: int | None = None, *, oldest_segment_f
     def placed(address: int, block: Block) -> None:
         nonlocal matching
         matching += block.address == address
+        if block.address != address and not to_the_end:
+            raise Left
 
     emptied: set[int] = set()
 
@@ -126,10 +139,12 @@ def compare_orders(trace: Trace, capacity_bytes: int | None = None) -> tuple[Com
     """The comparison in the order among cached blocks of one size that the recording's PyTorch had, and whether that is
     torch 2.14's (the oldest segment first) and not the lowest address. The file says neither; what puts more blocks
     where they were is it."""
-    lowest = compare(trace, capacity_bytes)
-    if lowest.exact and lowest.blocks_matching == lowest.blocks:
-        return lowest, False
-    oldest = compare(trace, capacity_bytes, oldest_segment_first=True)
+    for newer in (False, True):
+        try:
+            return compare(trace, capacity_bytes, oldest_segment_first=newer, to_the_end=False), newer
+        except Left:
+            continue
+    lowest, oldest = (compare(trace, capacity_bytes, oldest_segment_first=newer) for newer in (False, True))
     newer = (oldest.exact, oldest.blocks_matching) > (lowest.exact, lowest.blocks_matching)
     return (oldest if newer else lowest), newer
 

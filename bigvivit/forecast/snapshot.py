@@ -8,6 +8,7 @@ device, as `torch.cuda.memory._snapshot` documents them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import pickle
@@ -28,10 +29,12 @@ from bigvivit.units import GiB, MiB, format_bytes
 
 LARGEST_FILE = 4 * GiB
 LARGEST_BLOCK = 4096 * GiB  # no device has as much
+LARGEST_ADDRESS = 1 << 63
 KINDS = {
     **{"alloc": "a", "free_requested": "r", "free_completed": "f", "segment_alloc": "S", "segment_free": "s"},
     **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
 }
+LETTERS = frozenset(KINDS.values())
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -64,7 +67,7 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
                 "it is an SQLite database, not a pickle: write the snapshot with torch.cuda.memory._dump_snapshot"
             )
         packed = start[:2] == b"\x1f\x8b"
-        with limited_memory(64 * size + GiB):
+        with limited_memory(64 * size + GiB), without_collections():
             if packed:
                 return check_blocks(read_jsonl(path, conf))
             with path.open("rb") as file:
@@ -102,6 +105,18 @@ def limited_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Plain containers of millions of numbers, which hold no cycles: looking for some would double the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
     """A published trace: a header with the initial state, then `[kind, address, size, stream]` in each line."""
     try:
@@ -136,17 +151,11 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
         expect(len(busy) == 1, f"it holds events of devices {busy}: choose one, --device {busy[0]}")
         device = busy[0]
     expect(device in busy, f"it holds no events of device {device}, but of {busy}")
-    events = []
-    for entry in traces[device]:
-        expect(isinstance(entry, dict) and "action" in entry, "an event is no dict with an `action`")
-        kind = KINDS.get(entry["action"])
-        if kind is not None:
-            address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
-            stream = pooled(entry.get("stream", 0), entry.get("pool_id", (0, 0)))
-            events.append(to_event(kind, address, entry["size"], stream))
+    named = isinstance(traces[device][0], dict) and "pool_id" in traces[device][0]
+    events = read_entries(traces[device])
     final = [read_segment(raw) for raw in data["segments"] if raw.get("device", device) == device]
     expect(
-        "pool_id" in traces[device][0] or all(segment.stream < PRIVATE for segment in final),
+        named or all(segment.stream < PRIVATE for segment in final),
         "it has private pools (CUDA graphs), but its events do not say whose they are: record it with a newer PyTorch",
     )
     settings, known = conf, conf is not None
@@ -159,22 +168,39 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
     return Trace(name, undo(final, events, settings), tuple(events), settings, known)
 
 
+def read_entries(entries: list[Any]) -> list[Event]:
+    """The events of a device. `entries` is used up: both at once would take twice the memory."""
+    events: list[Event] = []
+    entries.reverse()
+    while entries:
+        entry = entries.pop()
+        expect(isinstance(entry, dict) and "action" in entry, "an event is no dict with an `action`")
+        kind = KINDS.get(entry["action"])
+        if kind is not None:
+            address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
+            stream, pool = entry.get("stream", 0), entry.get("pool_id")
+            if pool is not None and pool != (0, 0):
+                stream = pooled(stream, pool)
+            events.append(to_event(kind, address, entry["size"], stream))
+    return events
+
+
 def pooled(stream: int, pool: Any) -> int:
     """The stream, by another number in each private pool: what pools and streams have does not mix, in the same way."""
     known = isinstance(pool, tuple | list) and len(pool) == 2
     expect(known and all(type(part) is int and 0 <= part < PRIVATE for part in pool), f"{pool!r} is no pool")
-    return int(stream) + PRIVATE * (pool[0] + PRIVATE * pool[1])
+    return stream + PRIVATE * (pool[0] + PRIVATE * pool[1])
 
 
 def to_event(kind: str, address: int, size: int, stream: int) -> Event:
     """One recorded event, its numbers checked: a snapshot is somebody's file. Raises what `expect` does."""
-    numbers = (address, size, stream)
-    expect(
-        kind in KINDS.values() and all(type(number) is int for number in numbers), f"event {kind!r} {numbers} is none"
-    )
-    expect(0 <= address < 1 << 63 and 0 <= size < LARGEST_BLOCK, f"event {kind!r} {numbers} is out of range")
-    expect(size > 0 or kind not in "aSsMU", f"event {kind!r} {numbers} has no size")
-    return Event(kind, address, size, stream)
+    if type(address) is type(size) is type(stream) is int and kind in LETTERS:
+        if 0 <= address < LARGEST_ADDRESS and 0 <= size < LARGEST_BLOCK and (size or kind not in "aSsMU"):
+            return Event(kind, address, size, stream)
+        wrong = "has no size" if size == 0 and kind in "aSsMU" else "is out of range"
+    else:
+        wrong = "is none"
+    raise ConfigError(f"event {kind!r} {(address, size, stream)} {wrong}")
 
 
 def check_blocks(trace: Trace) -> Trace:

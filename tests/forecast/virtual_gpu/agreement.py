@@ -103,8 +103,8 @@ def run_program(
     if snapshot is not None:
         torch.cuda.memory._dump_snapshot(snapshot)
     stats = torch.cuda.memory_stats()
-    snapshot: Any = torch.cuda.memory._snapshot()
-    events = [event for event in snapshot["device_traces"][0] if event["action"] in ACTIONS]
+    history: Any = torch.cuda.memory._snapshot()
+    events = [event for event in history["device_traces"][0] if event["action"] in ACTIONS]
     return Recorded(
         addresses,
         [(ACTIONS[event["action"]], event["addr"], event["size"]) for event in events],
