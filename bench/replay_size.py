@@ -42,7 +42,7 @@ def record(path: str, count: int, depth: int) -> None:
     rng = random.Random(1)
     sizes = [round(2 ** rng.uniform(6, 24)) for _ in range(50)]
     context = "all" if depth else None
-    torch.cuda.memory._record_memory_history(context=context, stacks="python", max_entries=10**7)  # type: ignore[arg-type]
+    torch.cuda.memory._record_memory_history(context=context, stacks="python", max_entries=10**7)
     live: list[int] = []
 
     def run(deeper: int, steps: int) -> None:

@@ -20,9 +20,9 @@ import tyro
 from rich.progress import track
 
 from bench.own_tensors import PROGRAMS, own_peak
-from bigvivit.forecast.allocator import oldest_segment_first
 from bigvivit.forecast.recording import Event, Trace
 from bigvivit.forecast.replay import compare
+from bigvivit.forecast.segments import oldest_segment_first
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.forecast.virtual_gpu import virtual_gpu
 from bigvivit.training.report import run_bench, write_report

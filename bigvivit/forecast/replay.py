@@ -7,16 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import (
-    PRIVATE,
-    SMALL_REQUEST,
-    SMALL_SEGMENT,
-    Allocator,
-    SegmentEvent,
-    descending_addresses,
-)
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
 from bigvivit.forecast.recording import Event, Trace
+from bigvivit.forecast.segments import PRIVATE, SMALL_REQUEST, SMALL_SEGMENT, SegmentEvent, descending_addresses
 from bigvivit.forecast.simulate import Run, simulate
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator, OutOfMemory
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
+from bigvivit.forecast.segments import OutOfMemory
 
 
 @dataclass

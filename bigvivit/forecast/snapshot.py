@@ -21,9 +21,10 @@ from typing import Any, NoReturn
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import PRIVATE, SMALL_SEGMENT, Allocator
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.ranges import Ranges
 from bigvivit.forecast.recording import Event, Segment, Trace, expect
+from bigvivit.forecast.segments import PRIVATE, SMALL_SEGMENT
 from bigvivit.forecast.tails import find_tails
 from bigvivit.units import GiB, MiB, format_bytes
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import SMALL_REQUEST, Allocator
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.recording import Event, Segment
+from bigvivit.forecast.segments import SMALL_REQUEST
 
 
 class Open(NamedTuple):

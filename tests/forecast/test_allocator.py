@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import Allocator, OutOfMemory, descending_addresses
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
 from bigvivit.forecast.recording import Trace
 from bigvivit.forecast.replay import compare, explain_flushes, program_of, recorded_peak, restore
+from bigvivit.forecast.segments import OutOfMemory, descending_addresses
 from bigvivit.forecast.simulate import simulate
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.units import KiB, MiB

@@ -12,10 +12,11 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import Allocator, OutOfMemory, oldest_segment_first
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import context
+from bigvivit.forecast.segments import OutOfMemory, oldest_segment_first
 from bigvivit.forecast.virtual_gpu import virtual_gpu
 from bigvivit.units import MiB
 

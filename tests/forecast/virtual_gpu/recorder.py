@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from bigvivit.forecast.allocator import Allocator, oldest_segment_first
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
 from bigvivit.forecast.recording import Event
+from bigvivit.forecast.segments import oldest_segment_first
 from bigvivit.forecast.simulate import simulate
 from bigvivit.forecast.snapshot import KINDS
 

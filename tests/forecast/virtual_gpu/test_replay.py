@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigvivit.forecast.allocator import PRIVATE
 from bigvivit.forecast.replay import compare_orders
+from bigvivit.forecast.segments import PRIVATE
 from bigvivit.forecast.snapshot import read_trace
 from bigvivit.forecast.virtual_gpu import virtual_gpu
 from bigvivit.units import GiB, MiB
