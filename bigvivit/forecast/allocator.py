@@ -5,8 +5,8 @@ are followed. Needs no torch and no GPU.
 
 Published traces of real GPUs confirm: rounding, the two pools, best fit with the lowest address first among equals,
 splitting, coalescing, sizes and order of segments, flushes and retries, and how expandable segments grow. They come
-from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment before their address
-(pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`), as the model does where
+from torch 2.11 and older. torch 2.14 orders cached blocks of equal size by the age of their segment before their
+address (pytorch/pytorch#183591; its library has `BlockComparatorSizeCounterAddress`), as the model does where
 `oldest_segment_first` is set.
 
 PyTorch's own allocator on virtual GPUs (forecast/virtual_gpu) confirms the rest for random programs, in
