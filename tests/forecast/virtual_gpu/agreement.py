@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -116,16 +115,14 @@ def run_program(
     )
 
 
-def reservations(recorded: Recorded, settings: AllocatorSettings, memory: int) -> Callable[[int], int]:
-    """The addresses that the driver gave: of segments, or of the range that each pool of expandable ones began."""
-    made = [address for kind, address, _ in recorded.segments if kind == "S"]
-    if settings.expandable_segments:
-        made = []
-        for kind, address, _ in recorded.segments:
-            if kind == "M" and not any(0 <= address - start < memory * 9 // 8 for start in made):
-                made.append(address)
-    addresses = iter(made)
-    return lambda size: next(addresses)
+def next_address(recorded: Recorded, allocator: Allocator) -> int:
+    """The address that the driver gave next: of the segment, or of the first pages of a new range of expandable ones.
+    The driver gives a range's addresses again once it is gone, but none that is still there."""
+    kinds = "M" if allocator.settings.expandable_segments else "S"
+    address = next(event[1] for event in recorded.segments[len(allocator.log) :] if event[0] in kinds)
+    ranges = {(each.address, each.size) for block in allocator.blocks() if (each := block.expandable) is not None}
+    assert not any(start <= address < start + size for start, size in ranges), "PyTorch asked for no new range here"
+    return address
 
 
 def model_program(
@@ -137,7 +134,7 @@ def model_program(
         settings,
         capacity_bytes=memory - taken,
         device_bytes=memory,
-        reserve=reservations(recorded, settings, memory),
+        reserve=lambda size: next_address(recorded, allocator),
         oldest_segment_first=oldest_segment_first(version("torch")),
     )
     blocks: dict[int, Block] = {}
