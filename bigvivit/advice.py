@@ -280,10 +280,11 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
 
     from bigvivit.calibrate.calibration import choose
     from bigvivit.forecast.alloc_conf import AllocatorSettings
-    from bigvivit.forecast.allocator import Allocator, oldest_segment_first
+    from bigvivit.forecast.allocator import Allocator
     from bigvivit.forecast.card import allocator_events, judge
     from bigvivit.forecast.composition import describe_peak
     from bigvivit.forecast.hardware import accelerator_by_hand
+    from bigvivit.forecast.segments import oldest_segment_first
     from bigvivit.forecast.simulate import simulate
     from bigvivit.plan import find_hardware
 

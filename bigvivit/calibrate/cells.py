@@ -13,11 +13,12 @@ import torch
 from bigvivit.calibrate.device import clear, cuda, outside_bytes, quick_fill, replay, start_recording, stop_recording
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator, oldest_segment_first
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.capacity import find_capacity
 from bigvivit.forecast.card import THREADS, allocator_events, judge
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.forecast.overhead import cublas_workspace
+from bigvivit.forecast.segments import oldest_segment_first
 from bigvivit.forecast.simulate import simulate
 from bigvivit.forecast.trace import STEPS, repeat_batch
 from bigvivit.forecast.virtual_gpu import is_active

@@ -99,8 +99,8 @@ def replay(path: Path) -> dict[str, Any]:
     """What the allocator model makes of a recording, or why nothing."""
     from importlib.metadata import version
 
-    from bigvivit.forecast.allocator import oldest_segment_first
     from bigvivit.forecast.replay import compare
+    from bigvivit.forecast.segments import oldest_segment_first
     from bigvivit.forecast.snapshot import read_trace
 
     try:

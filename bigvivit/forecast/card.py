@@ -13,9 +13,10 @@ from importlib.metadata import version
 
 from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator, OutOfMemory, oldest_segment_first
+from bigvivit.forecast.allocator import Allocator, OutOfMemory
 from bigvivit.forecast.corrections import Name
 from bigvivit.forecast.overhead import Overhead, capacity, context, forecast_overhead
+from bigvivit.forecast.segments import oldest_segment_first
 from bigvivit.forecast.simulate import Run, simulate
 from bigvivit.forecast.trace import Trace
 from bigvivit.memory.plan import MemoryPlan

@@ -59,7 +59,8 @@ def write_snapshot(trace: Trace, path: Path, device: str = "cpu") -> None:
         "active_size": sum(block["size"] for block in live.values()),
         "blocks": [block for block in blocks if block["size"]],
     }
-    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [entries]}))
+    # memory_viz does not know what later protocols write, which newer versions of Python take by default
+    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [entries]}, protocol=4))
 
 
 def describe(allocation: Allocation) -> list[dict[str, Any]]:

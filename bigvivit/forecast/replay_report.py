@@ -13,9 +13,10 @@ from tyro.conf import Positional
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import INTERVALS, AllocatorSettings, parse_conf
-from bigvivit.forecast.replay import Comparison, compare, what_if
+from bigvivit.forecast.recording import Trace
+from bigvivit.forecast.replay import Comparison, compare_orders, recorded_peak, what_if
 from bigvivit.forecast.simulate import Run
-from bigvivit.forecast.snapshot import Trace, read_trace
+from bigvivit.forecast.snapshot import read_trace
 from bigvivit.units import MiB, format_bytes, parse_bytes
 
 WHAT_IFS = (
@@ -40,8 +41,8 @@ class ReplayConfig:
     try_conf: tuple[str, ...] = ()
     """Further settings to try, each as in PYTORCH_ALLOC_CONF."""
     capacity: str | None = None
-    """Device memory for the settings that are tried, such as `22.5GiB` [default: as in the recording, where that can be
-    seen]."""
+    """Device memory for the allocator, such as `22.5GiB`, for the recorded run, where it fits, and the settings
+    tried [default: as in the recording, where that can be seen]."""
     device: int | None = None
     """Which device, where the snapshot holds events of several."""
     json: bool = False
@@ -59,33 +60,46 @@ def replay_snapshot(config: ReplayConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"capacity={config.capacity}: {error}; write 22.5GiB, for instance") from None
     trace = read_trace(config.snapshot, config.device, conf)
-    comparison = compare(trace)
+    own = capacity if capacity is not None and capacity >= recorded_peak(trace) else None
+    comparison, newer = compare_orders(trace, own)
     capacity = capacity or comparison.flushes.least_bytes
-    others = [what_if(trace, settings, capacity) for settings in dict.fromkeys([trace.settings, *tried])]
+    others = [
+        what_if(trace, settings, capacity, oldest_segment_first=newer, emptied=comparison.emptied)
+        for settings in dict.fromkeys([trace.settings, *tried])
+    ]
     if config.json:
-        print(json.dumps(to_json(trace, comparison, others, capacity), indent=2))
+        print(json.dumps(to_json(trace, comparison, others, capacity, newer), indent=2))
         return
     console = Console()
     console.print(build_table(trace, comparison, others, capacity))
-    for line in findings(trace, comparison):
+    for line in findings(trace, comparison, capacity, newer):
         console.print(line, highlight=False)
 
 
-def findings(trace: Trace, comparison: Comparison) -> list[str]:
+def findings(trace: Trace, comparison: Comparison, capacity: int | None, newer: bool) -> list[str]:
     """What the table does not say: how far the replay can be trusted, and what the peak consisted of."""
     run, lines = comparison.run, []
+    peak, segments = format_bytes(comparison.recorded_peak_reserved_bytes), comparison.segment_events
+    order = "in the oldest segment (torch 2.14 and later)" if newer else "at the lowest address"
+    lines.append(
+        f"The model put {comparison.blocks_matching} of {comparison.blocks} blocks at their recorded addresses, taking "
+        f"of cached blocks of one size the one {order}."
+    )
     if comparison.exact:
+        what = f"all {segments} times" if segments else "which was never"
         lines.append(
-            f"The model asked the device for the recorded segments: all {comparison.segment_events} allocated, freed, "
-            "mapped and unmapped, by address, and the same peak."
+            f"It asked the device for memory and gave it back as recorded, {what}, and reserved as much at the peak."
         )
     else:
-        peak = format_bytes(comparison.recorded_peak_reserved_bytes)
         lines.append(
-            f"The model left the recording after {comparison.segment_events_matching} of {comparison.segment_events} "
-            f"segments (recorded peak reserved: {peak}), so the table is the model's word alone. Were other settings "
-            "in force? Give them with --conf."
+            f"The model left the recording after {comparison.segment_events_matching} of {segments} segments (recorded "
+            f"peak reserved: {peak}), so the table is the model's word alone. Were other settings in force? Give them "
+            "with --conf."
         )
+    if capacity is not None and capacity < comparison.recorded_peak_reserved_bytes:
+        lines.append(f"The recording reserved {peak}, more than --capacity: its own row is that of a larger device.")
+    if comparison.emptied:
+        lines.append(f"The program emptied the cache {len(comparison.emptied)} times though there was room.")
     if not trace.settings_known:
         lines.append(f"The file does not say its settings; taken: {trace.settings.describe()}.")
     parts = (
@@ -94,7 +108,7 @@ def findings(trace: Trace, comparison: Comparison) -> list[str]:
         (run.fragmentation_bytes, "lay cached"),
     )
     what = ", ".join(f"{format_bytes(count)} {text}" for count, text in parts)
-    lines.append(f"Of {format_bytes(run.peak_reserved_bytes)} reserved at the peak, {what}.")
+    lines.append(f"Of {format_bytes(run.peak_reserved_bytes)} reserved at the peak, at its fullest moment, {what}.")
     lines.append(
         "Rows of settings start on an empty device"
         + (", and first allocate what was there, since the recording starts midway" if trace.initial else "")
@@ -107,7 +121,9 @@ def findings(trace: Trace, comparison: Comparison) -> list[str]:
     return lines
 
 
-def to_json(trace: Trace, comparison: Comparison, others: list[Run], capacity: int | None) -> dict[str, Any]:
+def to_json(
+    trace: Trace, comparison: Comparison, others: list[Run], capacity: int | None, newer: bool
+) -> dict[str, Any]:
     """The same for programs; unlike the table it gives every number in bytes."""
     return {
         "name": trace.name,
@@ -115,7 +131,9 @@ def to_json(trace: Trace, comparison: Comparison, others: list[Run], capacity: i
         "settings_known": trace.settings_known,
         "starts_midway": bool(trace.initial),
         "exact": comparison.exact,
-        **{key: value for key, value in vars(comparison).items() if key not in ("run", "flushes")},
+        **{key: value for key, value in vars(comparison).items() if key not in ("run", "flushes", "emptied")},
+        "times_emptied": len(comparison.emptied),
+        "oldest_segment_first": newer,
         "capacity_bytes": capacity,
         "capacity_least_bytes": comparison.flushes.least_bytes,
         "capacity_beyond_bytes": comparison.flushes.beyond_bytes,

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bigvivit.forecast.alloc_conf import AllocatorSettings
-from bigvivit.forecast.allocator import Allocator, OutOfMemory
+from bigvivit.forecast.allocator import Allocator
 from bigvivit.forecast.blocks import Block
+from bigvivit.forecast.segments import OutOfMemory
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Run:
     peak_reserved_bytes: int = 0
     """Asked of the device at once, at most."""
     allocated_at_peak_bytes: int = 0
-    """Blocks in use when what was reserved was most."""
+    """Blocks in use when what was reserved was most: of several such moments, at the fullest."""
     requested_at_peak_bytes: int = 0
     """Of these, what the program had asked for."""
     flushes: int = 0
@@ -52,7 +53,8 @@ def simulate(
     """Run `(kind, id, size, stream)` events to their end or to the first request that cannot be met.
 
     Kinds: a allocate `size` bytes under `id` (0 bytes take nothing); f free `id`; u the block `id` is used on `stream`
-    too (record_stream); y the work given to `stream` is done; e empty the cache; o an allocation the program survives
+    too (record_stream); y the work given to `stream` is done; e empty the cache; g the graphs of
+    the private pool `stream` are gone; o an allocation the program survives
     failing. `blocks` are those there before, by id; `placed(id, block)` sees each allocation. An id that is freed or
     used without being there is a KeyError: the caller's stream of events is wrong.
     """
@@ -60,7 +62,8 @@ def simulate(
     empty: set[int] = set()
     run = Run(allocator.settings)
     malloc, free = allocator.malloc, allocator.free
-    most, index = -1, -1
+    most, fullest, index = allocator.reserved_bytes, allocator.allocated_bytes, -1
+    run.allocated_at_peak_bytes, run.requested_at_peak_bytes = fullest, allocator.requested_bytes
     try:
         for kind, name, size, stream in events:
             index += 1
@@ -69,9 +72,11 @@ def simulate(
                     blocks[name] = block = malloc(size, stream)
                     if placed is not None:
                         placed(name, block)
-                    if allocator.reserved_bytes > most:
-                        most = allocator.reserved_bytes
-                        run.allocated_at_peak_bytes = allocator.allocated_bytes
+                    if allocator.reserved_bytes > most or (
+                        allocator.allocated_bytes > fullest and allocator.reserved_bytes == most
+                    ):
+                        most, fullest = allocator.reserved_bytes, allocator.allocated_bytes
+                        run.allocated_at_peak_bytes = fullest
                         run.requested_at_peak_bytes = allocator.requested_bytes
                 else:
                     empty.add(name)
@@ -86,6 +91,8 @@ def simulate(
                 allocator.synchronize(stream)
             elif kind == "e":
                 allocator.empty_cache()
+            elif kind == "g":
+                allocator.release_pool(stream)
             elif kind == "o":
                 try:
                     free(malloc(size, stream))

@@ -8,65 +8,34 @@ device, as `torch.cuda.memory._snapshot` documents them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import pickle
 import resource
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
-from bigvivit.forecast.allocator import SMALL_REQUEST, SMALL_SEGMENT, Allocator
+from bigvivit.forecast.allocator import Allocator
+from bigvivit.forecast.ranges import Ranges
+from bigvivit.forecast.recording import Event, Segment, Trace, expect
+from bigvivit.forecast.segments import PRIVATE, SMALL_SEGMENT
+from bigvivit.forecast.tails import find_tails
 from bigvivit.units import GiB, MiB, format_bytes
 
 LARGEST_FILE = 4 * GiB
 LARGEST_BLOCK = 4096 * GiB  # no device has as much
+LARGEST_ADDRESS = 1 << 63
 KINDS = {
     **{"alloc": "a", "free_requested": "r", "free_completed": "f", "segment_alloc": "S", "segment_free": "s"},
     **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
 }
-
-
-class Event(NamedTuple):
-    """One line of a trace. Kinds: a allocated, r free requested, f free completed, S s M U as in `SegmentEvent`,
-    o out of memory. Programs (`forecast.simulate`) know further ones."""
-
-    kind: str
-    address: int
-    """Of the block or segment; of `o` the bytes the device still had."""
-    size: int
-    """Bytes; of a block what was asked for."""
-    stream: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment and its allocated blocks: (address, size, requested)."""
-
-    address: int
-    size: int
-    stream: int
-    small: bool
-    expandable: bool
-    live: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one device's allocator did."""
-
-    name: str
-    initial: tuple[Segment, ...]
-    """The state before the first event."""
-    events: tuple[Event, ...]
-    settings: AllocatorSettings
-    settings_known: bool
-    """Whether the file says them; otherwise only `expandable_segments` is seen, in the events."""
+LETTERS = frozenset(KINDS.values())
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -93,8 +62,13 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
                 'and stacks="python"'
             )
         with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with limited_memory(64 * size + GiB):
+            start = file.read(16)
+        if start == b"SQLite format 3\0":
+            raise ConfigError(
+                "it is an SQLite database, not a pickle: write the snapshot with torch.cuda.memory._dump_snapshot"
+            )
+        packed = start[:2] == b"\x1f\x8b"
+        with limited_memory(64 * size + GiB), without_collections():
             if packed:
                 return check_blocks(read_jsonl(path, conf))
             with path.open("rb") as file:
@@ -132,6 +106,18 @@ def limited_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Plain containers of millions of numbers, which hold no cycles: looking for some would double the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
     """A published trace: a header with the initial state, then `[kind, address, size, stream]` in each line."""
     try:
@@ -150,7 +136,7 @@ def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
         initial.append(Segment(address, size, stream, pool == "small", False, blocks))
     events = tuple(to_event(*row) for row in rows if row[0] != "x")
     settings = conf or AllocatorSettings(expandable_segments=bool(header["expandable"]))
-    return Trace(path.name, tuple(initial), events, settings, settings_known=conf is not None)
+    return Trace(path.name, find_tails(initial, events, settings), events, settings, settings_known=conf is not None)
 
 
 def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSettings | None) -> Trace:
@@ -166,15 +152,13 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
         expect(len(busy) == 1, f"it holds events of devices {busy}: choose one, --device {busy[0]}")
         device = busy[0]
     expect(device in busy, f"it holds no events of device {device}, but of {busy}")
-    events = []
-    for entry in traces[device]:
-        expect(isinstance(entry, dict) and "action" in entry, "an event is no dict with an `action`")
-        kind = KINDS.get(entry["action"])
-        if kind is not None:
-            address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
-            events.append(to_event(kind, address, entry["size"], entry.get("stream", 0)))
-        expect(entry.get("pool_id", (0, 0)) == (0, 0), "it uses private pools (CUDA graphs), which are not modelled")
+    named = isinstance(traces[device][0], dict) and "pool_id" in traces[device][0]
+    events = read_entries(traces[device])
     final = [read_segment(raw) for raw in data["segments"] if raw.get("device", device) == device]
+    expect(
+        named or all(segment.stream < PRIVATE for segment in final),
+        "it has private pools (CUDA graphs), but its events do not say whose they are: record it with a newer PyTorch",
+    )
     settings, known = conf, conf is not None
     recorded = (data.get("allocator_settings") or {}).get("PYTORCH_CUDA_ALLOC_CONF")
     if settings is None and isinstance(recorded, str):
@@ -185,24 +169,55 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
     return Trace(name, undo(final, events, settings), tuple(events), settings, known)
 
 
+def read_entries(entries: list[Any]) -> list[Event]:
+    """The events of a device. `entries` is used up: both at once would take twice the memory."""
+    events: list[Event] = []
+    entries.reverse()
+    while entries:
+        entry = entries.pop()
+        expect(isinstance(entry, dict) and "action" in entry, "an event is no dict with an `action`")
+        kind = KINDS.get(entry["action"])
+        if kind is not None:
+            address = entry["device_free"] if kind == "o" and "device_free" in entry else entry["addr"]
+            stream, pool = entry.get("stream", 0), entry.get("pool_id")
+            if pool is not None and pool != (0, 0):
+                stream = pooled(stream, pool)
+            events.append(to_event(kind, address, entry["size"], stream))
+    return events
+
+
+def pooled(stream: int, pool: Any) -> int:
+    """The stream, by another number in each private pool: what pools and streams have does not mix, in the same way."""
+    known = isinstance(pool, tuple | list) and len(pool) == 2
+    expect(known and all(type(part) is int and 0 <= part < PRIVATE for part in pool), f"{pool!r} is no pool")
+    return stream + PRIVATE * (pool[0] + PRIVATE * pool[1])
+
+
 def to_event(kind: str, address: int, size: int, stream: int) -> Event:
     """One recorded event, its numbers checked: a snapshot is somebody's file. Raises what `expect` does."""
-    numbers = (address, size, stream)
-    expect(
-        kind in KINDS.values() and all(type(number) is int for number in numbers), f"event {kind!r} {numbers} is none"
-    )
-    expect(0 <= address < 1 << 63 and 0 <= size < LARGEST_BLOCK, f"event {kind!r} {numbers} is out of range")
-    expect(size > 0 or kind not in "aSsMU", f"event {kind!r} {numbers} has no size")
-    return Event(kind, address, size, stream)
+    if type(address) is type(size) is type(stream) is int and kind in LETTERS:
+        if 0 <= address < LARGEST_ADDRESS and 0 <= size < LARGEST_BLOCK and (size or kind not in "aSsMU"):
+            return Event(kind, address, size, stream)
+        wrong = "has no size" if size == 0 and kind in "aSsMU" else "is out of range"
+    else:
+        wrong = "is none"
+    raise ConfigError(f"event {kind!r} {(address, size, stream)} {wrong}")
 
 
 def check_blocks(trace: Trace) -> Trace:
-    """The trace, if only blocks that are there are freed, and none is put where one is; else a ConfigError."""
+    """The trace, if only blocks that are there are freed, none is put where one is, and each lies in memory that was
+    asked for; else a ConfigError."""
     live = {address for segment in trace.initial for address, _, _ in segment.live}
     requested: set[int] = set()
-    for kind, address, _, _ in trace.events:
+    memory = Ranges((segment.address, segment.address + segment.size) for segment in trace.initial)
+    for kind, address, size, _ in trace.events:
         if kind == "a":
             expect(address not in live, f"it allocates a block at {address:#x}, where one is")
+            expect(
+                memory.hold(address, address + size),
+                f"it allocates a block of {size} B at {address:#x}, outside every segment: what writes events of its "
+                "own must write `segment_alloc` too, or the segments at the end",
+            )
             live.add(address)
         elif kind in "rf":
             expect(address in live, f"it frees a block at {address:#x}, where none is")
@@ -212,6 +227,10 @@ def check_blocks(trace: Trace) -> Trace:
             else:
                 live.discard(address)
                 requested.discard(address)
+        elif kind in "SM":
+            memory.add(address, address + size)
+        elif kind in "sU":
+            memory.remove(address, address + size)
     return trace
 
 
@@ -226,14 +245,14 @@ def read_segment(raw: Any) -> Segment:
         address += block["size"]
     expect(0 < raw["total_size"] < LARGEST_BLOCK, f"a segment of {raw['total_size']} B is out of range")
     small, expandable = raw["segment_type"] == "small", bool(raw.get("is_expandable", False))
-    return Segment(raw["address"], raw["total_size"], raw["stream"], small, expandable, tuple(live))
+    stream = pooled(raw["stream"], raw.get("segment_pool_id", (0, 0)))
+    return Segment(raw["address"], raw["total_size"], stream, small, expandable, tuple(live))
 
 
 def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings) -> tuple[Segment, ...]:
     """The state before the first event, by taking the events back from the last to the first.
 
-    A block that was there before and freed in between is known by what was asked for; its size is the rounded request,
-    and in the large pool a gap of up to 1 MiB behind it is its own unsplit end (a cached block is larger there).
+    A block that was there before and freed in between is known by what was asked for; where it ends, `find_tails` says.
     Raises ConfigError where the events do not lead to the final state.
     """
     segments = {segment.address: segment for segment in final if not segment.expandable}
@@ -262,7 +281,8 @@ def undo(final: list[Segment], events: list[Event], settings: AllocatorSettings)
             small = bool(size % settings.large_segment_bytes)
             pages.update(dict.fromkeys(range(address, address + size, MiB), (stream, small)))
     ranges = [*segments.values(), *join_pages(pages)]
-    return tuple(place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
+    placed = (place(segment, live, settings) for segment in sorted(ranges, key=lambda segment: segment.address))
+    return find_tails(placed, events, settings)
 
 
 def join_pages(pages: dict[int, tuple[int, bool]]) -> list[Segment]:
@@ -282,19 +302,5 @@ def place(segment: Segment, live: dict[int, tuple[int, int]], settings: Allocato
     end = segment.address + segment.size
     inside = sorted(address for address in live if segment.address <= address < end)
     round_size = Allocator(replace(settings, per_process_memory_fraction=1.0)).round_size
-    blocks = []
-    for address, behind in pairwise([*inside, end]):
-        size, requested = live[address]
-        if not size:
-            size = round_size(requested)
-            gap = behind - address - size
-            if not segment.small and not segment.expandable and 0 < gap <= SMALL_REQUEST:
-                size += gap
-        blocks.append((address, size, requested))
-    return replace(segment, live=tuple(blocks))
-
-
-def expect(holds: bool, otherwise: str) -> None:
-    """Raise ConfigError where the file is not what it should be."""
-    if not holds:
-        raise ConfigError(otherwise)
+    sizes = [(address, *live[address]) for address in inside]
+    return replace(segment, live=tuple((address, size or round_size(asked), asked) for address, size, asked in sizes))

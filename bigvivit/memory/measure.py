@@ -197,7 +197,7 @@ def count_cpu_allocations(*, operators: bool = False) -> Iterator[Allocations]:
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     now = 0
     for event in events:
-        if event.name() == "[memory]":
+        if event.name() == "[memory]" and event.device_type() == torch._C._autograd.DeviceType.CPU:
             found.left_bytes += event.nbytes()
             found.live.append((event.start_ns(), found.left_bytes))
             if found.left_bytes > found.peak_bytes:

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
-from tests.forecast.virtual_gpu import recorded
+from bigvivit.forecast.snapshot import read_trace
+from bigvivit.forecast.virtual_gpu import virtual_gpu
+from tests.forecast.virtual_gpu.recorder import number_events, play, watch
+from tests.forecast.virtual_gpu.recordings import RECORDINGS, Recording
 from tests.forecast.virtual_gpu.versions import takes_workspaces
 
 
-def read_recording(path: Path) -> list[tuple[str, int]]:
-    """As `recorded.record_forward` gives its own."""
-    with gzip.open(path, "rt") as file:
-        events = [json.loads(line) for line in file][1:]
-    numbers: dict[int, int] = {}
-    found: list[tuple[str, int]] = []
-    allocated = 0
-    for kind, address, size, *_ in events:
-        if kind == "a":
-            numbers[address] = allocated
-            allocated += 1
-            found.append(("+", size))
-        elif kind == "f":
-            found.append(("-", numbers.pop(address)))
-    return found
-
-
 @takes_workspaces
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
-    ("autocast", "name"),
-    [
-        (False, "silmont2000_memory_forward_fp32_128_769df2d"),
-        (True, "silmont2000_memory_forward_bf16_128_d9ecf8b"),
-    ],
+    "recording",
+    [pytest.param(each, id=each.name, marks=[pytest.mark.slow] * ("medium" in each.name)) for each in RECORDINGS],
 )
-def test_a_forward_pass_is_that_of_a_real_gpu(
-    autocast: bool, name: str, shared: Callable[[str], Path], card: Callable[[str], Any]
-) -> None:
-    wanted = read_recording(shared(f"traces/{name}.jsonl.gz"))
-    found = card("A100 80GB").call(recorded.record_forward, autocast)
-    assert sum(kind == "+" for kind, _ in wanted) > 600
-    # What autocast had cast is released at the end, in the order of a hash table of addresses.
-    last = len(wanted) if not autocast else max(at for at, (kind, _) in enumerate(wanted) if kind == "+") + 1
-    assert found[:last] == wanted[:last]
-    assert sorted(found[last:]) == sorted(wanted[last:])
+def test_a_program_is_that_of_a_real_gpu(recording: Recording, shared: Callable[[str], Path]) -> None:
+    trace = read_trace(shared(f"traces/{recording.name}.jsonl.gz"))
+    with virtual_gpu("A100 80GB") as gpu:
+        watched = gpu.call(watch, recording.build, recording.arguments, recording.warm)
+    wanted, found = number_events(trace.events), number_events(watched.during)
+    assert len(wanted) > 60
+    # What autocast had cast is released at once, in the order of a hash table of addresses.
+    last = recording.autocast and max(at for at, (kind, _) in enumerate(wanted) if kind == "+") + 1
+    assert found[: last or None] == wanted[: last or None]
+    assert sorted(found, key=str) == sorted(wanted, key=str)
+    before = [block for segment in trace.initial for block in segment.live]
+    played = play(watched, recording.torch)
+    assert played.requested_before_bytes == sum(requested for _, _, requested in before)
+    recorded_reserved = sum(segment.size for segment in trace.initial)
+    assert played.reserved_before_bytes == recorded_reserved
+    assert played.peak_reserved_bytes == recorded_reserved + sum(each.size for each in trace.events if each.kind == "S")
