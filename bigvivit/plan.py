@@ -205,6 +205,9 @@ def plan(config: PlanConfig) -> None:
         print_virtual(trial, card, virtual)
     if config.explain:
         assert verdict is not None
+        if not isinstance(virtual, str) and virtual.expected.out_of_memory is None:
+            traced, own = verdict.trace.peak_bytes(), virtual.expected.allocated_bytes
+            print(f"what follows is of a trace, whose peak is {format_bytes(traced)}, {traced / own - 1:+.1%}")
         print_composition(verdict)
         if trial.stage == 2 and not on_host:
             print("\n".join(compare_sharding(trial, card)))
