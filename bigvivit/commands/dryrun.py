@@ -54,6 +54,8 @@ class DryRunConfig:
     """Write the memory snapshot of rank 0, for pytorch.org/memory_viz and `bigvivit replay`."""
     sandbox: bool = False
     """Let the program write to a scratch overlay in place of the files, and tell its libraries to stay offline."""
+    skip_init: bool = False
+    """Leave weights that the host draws at random as they were allocated: a model may then be larger than the host."""
     json: bool = False
     """Print JSON instead of a page, all in bytes."""
 
@@ -87,6 +89,7 @@ def dryrun(argv: list[str]) -> None:
         steps=config.steps,
         minutes=config.minutes,
         sandbox=config.sandbox,
+        skip_init=config.skip_init,
         known=card if card.measured is not None else None,
     )
     if config.search is not None:

@@ -230,3 +230,28 @@ def test_what_was_measured_on_the_card_counts(program: Path, tmp_path: Path) -> 
     refused = dryrun("--gpu", "L4", *words, cwd=tmp_path)
     assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
     assert "was measured on NVIDIA GeForce RTX 2080 Ti, which is not L4" in refused.stderr
+
+
+LARGE = """
+import resource, torch
+net = torch.nn.Sequential(*[torch.nn.Linear(8192, 8192, bias=False) for _ in range(104)])  # 7 B, 26 GiB in fp32
+with torch.no_grad():
+    net[0].weight.normal_(std=0.02)
+net.cuda()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for _ in range(3):
+    net(torch.randn(2, 8192, device="cuda")).mean().backward()
+    open(f"{__file__}.rss", "w").write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_model_larger_than_the_host_runs_without_its_initialisation(program: Path, tmp_path: Path) -> None:
+    """7 B weights take nothing of the host, and 52 GiB of the GPU with their gradients."""
+    program.write_text(LARGE)
+    done = dryrun("--gpu", "A100 80GB", "--steps", 3, "--skip-init", "--json", "--", "python", program, cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "fits", done.stdout
+    assert found["peak_allocated_bytes"] > 2 * 104 * 8192**2 * 4
+    assert int((tmp_path / "train.py.rss").read_text()) < 2 * GiB / 1024  # of KiB, with what importing torch takes

@@ -58,6 +58,8 @@ class Request:
     minutes: float = 30.0
     """After which it is ended without a verdict."""
     sandbox: bool = False
+    skip_init: bool = False
+    """Weights that the host makes are left as they were allocated."""
     conf: str | None = None
     """PYTORCH_ALLOC_CONF of the run; None leaves the user's."""
     known: Accelerator | None = None
@@ -191,7 +193,7 @@ def end_with_us() -> None:
 
 def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
     """The user's, on virtual GPUs, with what the recorder must know."""
-    settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot}
+    settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot, "skip_init": request.skip_init}
     card = request.known or find_accelerator(request.gpu)
     sizes = {"memory_bytes": card.memory_bytes, "context_bytes": context(card).expected_bytes}
     environment = {**os.environ, **virtual_gpu.environment(card.name, gpus=request.gpus, **sizes)}

@@ -28,10 +28,11 @@ from typing import Any
 
 from bigvivit.forecast import virtual_gpu
 from bigvivit.forecast.dryrun.history import Interval, describe_device, find_caller, write_events
+from bigvivit.forecast.dryrun.skip_init import skip_init
 from bigvivit.forecast.virtual_gpu import hooks, inside
 
 VARIABLE = "BIGVIVIT_DRYRUN"
-"""Names what a dry run's processes must know, as JSON: `folder`, `steps`, `snapshot`."""
+"""Names what a dry run's processes must know, as JSON: `folder`, `steps`, `snapshot`, `skip_init`."""
 MAX_EVENTS = 500_000
 """Of the allocator, kept for each device: some GiB of Python objects when they are read."""
 PEERS_SECONDS = 60.0
@@ -320,4 +321,6 @@ def install() -> None:
     """Read what the parent wants, and wait for torch."""
     settings = json.loads(os.environ[VARIABLE])
     recorder = Recorder(Path(settings["folder"]), settings["steps"], settings["snapshot"])
+    if settings["skip_init"]:
+        hooks.when_imported("torch", skip_init)
     hooks.when_imported("torch", recorder.watch)
