@@ -23,7 +23,7 @@ from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.hardware import accelerator_by_hand, find_accelerator
 from bigvivit.memory.ds_json import read_ds_json
 from bigvivit.memory.plan import MemoryPlan
-from bigvivit.units import DType, format_bytes, parse_bytes
+from bigvivit.units import DType, MiB, format_bytes, parse_bytes
 from bigvivit.versions import require_for_run
 
 if TYPE_CHECKING:
@@ -299,7 +299,8 @@ def print_virtual(trial: Trial, card: Accelerator, found: VirtualVerdict) -> Non
     print(f"  tensors at the peak   {format_bytes(step.allocated_bytes)}{until}, of the device")
     print(f"  reserved by PyTorch   {format_bytes(step.reserved_bytes)}{until}")
     print(f"  there is              {format_bytes(there)} ({format_bytes(low)} to {format_bytes(high)})")
-    print(f"  host                  {format_bytes(step.locked_bytes)} page-locked")
+    if step.locked_bytes >= MiB:  # a few bytes always are: numbers that the host reads
+        print(f"  host                  {format_bytes(step.locked_bytes)} page-locked")
     print_calibration(card)
 
 
