@@ -4,25 +4,21 @@
  * convolution calls, batch normalisation, pooling.
  * What a real cuDNN would ask as workspace and reserve is its own secret and taken to be none: outputs, gradients and
  * what autograd keeps are exact, scratch of convolutions and of cuDNN's attention is missing.
- * Does not answer: recurrent networks, connectionist temporal classification, spatial transformers: by name.
+ * Recurrent networks are in recurrent.c.
+ * Does not answer: connectionist temporal classification, spatial transformers: by name.
  * Versions and error texts come from the real library, which needs no device for them.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { CUDNN_BAD_PARAM = 2000, CUDNN_INTERNAL_ERROR = 4000 };
-
-struct handle {
-    void *stream;
-};
-EXPORT int cudnnCreate(struct handle **handle) {
+EXPORT int cudnnCreate(struct cudnn **handle) {
     touch(current_device());
     return (*handle = calloc(1, sizeof **handle)) ? 0 : CUDNN_INTERNAL_ERROR;
 }
-EXPORT int cudnnDestroy(struct handle *handle) { return free(handle), 0; }
-EXPORT int cudnnSetStream(struct handle *handle, void *stream) { return handle->stream = stream, 0; }
-EXPORT int cudnnGetStream(struct handle *handle, void **stream) { return *stream = handle->stream, 0; }
+EXPORT int cudnnDestroy(struct cudnn *handle) { return free(handle), 0; }
+EXPORT int cudnnSetStream(struct cudnn *handle, void *stream) { return handle->stream = stream, 0; }
+EXPORT int cudnnGetStream(struct cudnn *handle, void **stream) { return *stream = handle->stream, 0; }
 
 /* The backend interface */
 enum { ENGINE_HEURISTICS_RESULTS = 202, ENGINE_OF_CONFIGURATION = 300, CONFIGURATION_WORKSPACE = 303 };
@@ -95,26 +91,43 @@ EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int
     if (count) *count = answered;
     return 0;
 }
-EXPORT int cudnnBackendExecute(struct handle *handle, struct descriptor *plan, struct descriptor *pack) {
+EXPORT int cudnnBackendExecute(struct cudnn *handle, struct descriptor *plan, struct descriptor *pack) {
     (void)plan, (void)pack;
     count_captured_node(handle->stream);
     return 0;
 }
 
-/* Older descriptors: nothing of them is read again. */
+/* Older descriptors. Of tensors' the shapes are read again. */
+EXPORT int cudnnCreateTensorDescriptor(struct shape **to) {
+    return (*to = calloc(1, sizeof **to)) ? 0 : CUDNN_INTERNAL_ERROR;
+}
+EXPORT int cudnnDestroyTensorDescriptor(struct shape *shape) { return free(shape), 0; }
+EXPORT int cudnnSetTensorNdDescriptor(struct shape *shape, int type, int count, const int *sizes, const int *strides) {
+    if (count < 0 || count > 8) return CUDNN_BAD_PARAM;
+    *shape = (struct shape){.type = type, .count = count};
+    memcpy(shape->sizes, sizes, (size_t)count * sizeof *sizes);
+    memcpy(shape->strides, strides, (size_t)count * sizeof *strides);
+    return 0;
+}
+EXPORT int cudnnGetTensorNdDescriptor(const struct shape *shape, int wanted, int *type, int *count, int *sizes,
+                                      int *strides) {
+    int given = wanted < shape->count ? wanted : shape->count;
+    *type = shape->type, *count = shape->count;
+    memcpy(sizes, shape->sizes, (size_t)given * sizeof *sizes);
+    memcpy(strides, shape->strides, (size_t)given * sizeof *strides);
+    return 0;
+}
 #define DESCRIPTOR(name)                                                                           \
     EXPORT int cudnnCreate##name##Descriptor(void **to) {                                          \
         return (*to = calloc(1, 1)) ? 0 : CUDNN_INTERNAL_ERROR;                                    \
     }                                                                                              \
     EXPORT int cudnnDestroy##name##Descriptor(void *descriptor) { return free(descriptor), 0; }
-DESCRIPTOR(Tensor)
 DESCRIPTOR(Filter)
 DESCRIPTOR(Convolution)
 DESCRIPTOR(Activation)
 DESCRIPTOR(Pooling)
 #define DONE(name) \
     EXPORT int name(void) { return 0; }
-DONE(cudnnSetTensorNdDescriptor)
 DONE(cudnnSetFilterNdDescriptor)
 DONE(cudnnSetConvolutionNdDescriptor)
 DONE(cudnnSetConvolutionGroupCount)
@@ -123,7 +136,7 @@ DONE(cudnnSetActivationDescriptor)
 DONE(cudnnSetPooling2dDescriptor)
 
 #define WORK(name)                           \
-    EXPORT int name(struct handle *handle) { \
+    EXPORT int name(struct cudnn *handle) { \
         count_captured_node(handle->stream); \
         return 0;                            \
     }
