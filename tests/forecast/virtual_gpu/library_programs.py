@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def train_recurrent(kind: str, packed: bool, options: dict[str, Any]) -> dict[st
     return {
         "storages": len(storages),
         "bytes": next(model.parameters()).untyped_storage().nbytes(),
-        "apart": all(end <= start for (_, end), (start, _) in zip(places, places[1:], strict=False)),
+        "apart": all(end <= start for (_, end), (start, _) in itertools.pairwise(places)),
         "parameters": sum(p.nbytes for p in model.parameters()),
         "same shapes": sizes == {name: parameter.shape for name, parameter in model.named_parameters()},
         "gradients": all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters()),
@@ -57,3 +58,36 @@ def recurrent_spaces(kind: str, layers: int, dropout: float) -> tuple[int, int]:
     results = output.nbytes + (2 if kind == "LSTM" else 1) * state.nbytes
     kept = stats["requested_bytes.all.current"] - before - results
     return kept, stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
+
+
+def count_convolutions() -> dict[str, int]:
+    """Estimated convolutions of two forward and backward passes, by kind of layer."""
+    import torch
+    from torch import nn
+
+    from bigvivit.forecast import virtual_gpu
+
+    layers = {
+        "patch": (nn.Conv2d(3, 8, 4, 4), (2, 3, 16, 16)),
+        "tubelet": (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4)), (2, 3, 4, 16, 16)),
+        "pointwise": (nn.Conv1d(3, 8, 1), (2, 3, 16)),
+        "overlapping": (nn.Conv2d(3, 8, 4, 2), (2, 3, 16, 16)),
+        "padded": (nn.Conv2d(3, 8, 4, 4, padding=2), (2, 3, 16, 16)),
+        "dilated": (nn.Conv2d(3, 8, 2, 2, dilation=2), (2, 3, 16, 16)),
+        "transposed": (nn.ConvTranspose2d(3, 8, 4, 2), (2, 3, 16, 16)),
+    }
+    counted = {}
+    for name, (layer, shape) in layers.items():
+        images = torch.randn(shape, device="cuda", requires_grad=True)
+        before = virtual_gpu.estimates()["convolutions"]
+        for _ in range(2):
+            layer.cuda()(images).sum().backward()
+        counted[name] = virtual_gpu.estimates()["convolutions"] - before
+    return counted
+
+
+def count_estimates() -> dict[str, int]:
+    """Of this process so far."""
+    from bigvivit.forecast import virtual_gpu
+
+    return virtual_gpu.estimates()
