@@ -275,6 +275,14 @@ def convolve() -> tuple[int, int]:
     return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before - result.numel() * 2
 
 
+def compile_kernels() -> list[tuple[int, ...]]:
+    """Results of kernels that PyTorch compiles by NVRTC when they are first called."""
+    import torch
+
+    values = torch.randn(4, 5, device="cuda")
+    return [tuple(result.shape) for result in (values.prod(1), torch.special.erfcx(values), values.cfloat().sigmoid())]
+
+
 def capture_graph() -> tuple[int, str]:
     """Kernels launched while a captured graph is replayed, and the error of reading a value during a capture."""
     import torch
