@@ -91,3 +91,95 @@ def count_estimates() -> dict[str, int]:
     from bigvivit.forecast import virtual_gpu
 
     return virtual_gpu.estimates()
+
+
+def transform() -> dict[str, Any]:
+    """Shapes and dtypes of Fourier transforms, forward and backward, and the scratch of one of 64 x 1000."""
+    import torch
+
+    signal = torch.randn(64, 1000, device="cuda", requires_grad=True)
+    spectrum = torch.fft.rfft(signal)
+    back = torch.fft.irfft(spectrum, n=1000)
+    back.sum().backward()
+    images = torch.fft.fft2(torch.randn(2, 3, 16, 16, device="cuda", dtype=torch.float64))
+    short = torch.stft(torch.randn(4, 4096, device="cuda"), 256, return_complex=True)
+    complex_signal = torch.randn(64, 1000, device="cuda", dtype=torch.complex64)
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    result = torch.fft.fft(complex_signal)
+    scratch = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - result.nbytes
+    return {
+        "spectrum": (tuple(spectrum.shape), str(spectrum.dtype)),
+        "back": tuple(back.shape),
+        "gradient": tuple(signal.grad.shape),
+        "images": (tuple(images.shape), str(images.dtype)),
+        "short": tuple(short.shape),
+        "scratch": scratch,
+    }
+
+
+def solve(dtype: str) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of what torch.linalg gives for one matrix of 300 and for a batch of small ones, and whether gradients come
+    back. Nothing is computed, so no check of a matrix fails."""
+    import torch
+
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for size, batch in ((300, ()), (8, (5,))):
+        matrix = torch.randn(*batch, size, size, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
+        right = torch.randn(*batch, size, 3, device="cuda", dtype=matrix.dtype)
+        linalg = torch.linalg
+        calls = {
+            "cholesky": lambda: linalg.cholesky(matrix),  # noqa: B023 - called at once
+            "cholesky_solve": lambda: torch.cholesky_solve(right, matrix),  # noqa: B023
+            "cholesky_inverse": lambda: torch.cholesky_inverse(matrix),  # noqa: B023
+            "qr": lambda: linalg.qr(matrix).Q,  # noqa: B023
+            "svd": lambda: linalg.svd(matrix, full_matrices=False).U,  # noqa: B023
+            "svdvals": lambda: linalg.svdvals(matrix),  # noqa: B023
+            "eigh": lambda: linalg.eigh(matrix).eigenvectors,  # noqa: B023
+            "eigvals": lambda: linalg.eigvals(matrix.detach()),  # noqa: B023
+            "solve": lambda: linalg.solve(matrix, right),  # noqa: B023
+            "inv": lambda: linalg.inv(matrix),  # noqa: B023
+            "lstsq": lambda: linalg.lstsq(matrix, right).solution,  # noqa: B023
+            "pinv": lambda: linalg.pinv(matrix),  # noqa: B023
+            "slogdet": lambda: linalg.slogdet(matrix).logabsdet,  # noqa: B023
+            "matrix_norm": lambda: linalg.matrix_norm(matrix, 2),  # noqa: B023
+            "solve_triangular": lambda: linalg.solve_triangular(matrix, right, upper=True),  # noqa: B023
+            "lu": lambda: linalg.lu(matrix).U,  # noqa: B023
+            "ldl": lambda: linalg.ldl_factor(matrix.detach()).LD,  # noqa: B023
+        }
+        for name, call in calls.items():
+            result = call()
+            if result.requires_grad:
+                (result.real if result.is_complex() else result).sum().backward()
+                assert matrix.grad is not None
+                assert matrix.grad.shape == matrix.shape
+                matrix.grad = None
+            shapes.setdefault(name, []).append(tuple(result.shape))
+    return shapes
+
+
+def multiply_sparse(layout: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of products of a sparse matrix of 6 x 5 with 7 elements, made on the host."""
+    import torch
+
+    dense = torch.zeros(6, 5)
+    dense.view(-1)[::4][:7] = 1.0
+    convert = "to_sparse" if layout == "coo" else f"to_sparse_{layout}"
+    sparse, other = (getattr(each, convert)().cuda() for each in (dense, dense.flip(0)))
+    wide, vector = torch.randn(5, 4, device="cuda"), torch.randn(5, device="cuda")
+    result = {"matrix": tuple((sparse @ wide).shape), "vector": tuple((sparse @ vector).shape)}
+    if layout == "coo":
+        weight = torch.randn(5, 4, device="cuda", requires_grad=True)
+        torch.sparse.mm(sparse, weight).sum().backward()
+        result["gradient"] = tuple(weight.grad.shape)
+    total = sparse + other
+    result["sum"] = (*total.shape, total._nnz())
+    if layout == "coo":
+        square = sparse @ sparse.transpose(0, 1)
+    else:
+        square = sparse @ dense.t().to_sparse_csr().cuda()
+        right = torch.randn(6, 4, device="cuda")
+        result["solution"] = tuple(torch.triangular_solve(right, square, upper=True).solution.shape)
+        result["sampled"] = tuple(torch.sparse.sampled_addmm(sparse, right, right[:5].T.contiguous()).shape)
+    result["square"] = tuple(square.shape)
+    return result

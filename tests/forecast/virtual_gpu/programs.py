@@ -339,10 +339,11 @@ def snapshot_kinds() -> set[str]:
     return kinds
 
 
-def needs_cusolver() -> None:
+def needs_a_sampler() -> None:
     import torch
 
-    torch.linalg.svd(torch.ones(4, 4, device="cuda"))
+    images, grid = torch.ones(1, 1, 4, 4, device="cuda"), torch.zeros(1, 4, 4, 2, device="cuda")
+    torch.nn.functional.grid_sample(images, grid, align_corners=True)
 
 
 def fails() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bigvivit.forecast.virtual_gpu import virtual_gpu
@@ -20,8 +22,18 @@ def test_convolutions_other_than_of_patches_are_counted(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("library")
-def test_passes_of_recurrent_networks_are_counted() -> None:
+def test_each_library_is_counted_by_its_name() -> None:
+    calls: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("recurrent networks", programs.recurrent_spaces, ("GRU", 4, 0.0)),
+        ("Fourier transforms", programs.transform, ()),
+        ("dense solvers", programs.solve, ("float32",)),
+        ("sparse products", programs.multiply_sparse, ("csr",)),
+    ]
     with virtual_gpu("A100 80GB") as gpu:
-        gpu.call(programs.recurrent_spaces, "GRU", 4, 0.0)
-        counted = gpu.call(programs.count_estimates)
-    assert {name: count for name, count in counted.items() if count} == {"recurrent networks": 2}
+        before = gpu.call(programs.count_estimates)
+        assert set(before.values()) == {0}
+        for name, function, arguments in calls:
+            gpu.call(function, *arguments)
+            after = gpu.call(programs.count_estimates)
+            assert {key for key in after if after[key] != before[key]} == {name}
+            before = after
