@@ -60,6 +60,18 @@ def recurrent_spaces(kind: str, layers: int, dropout: float) -> tuple[int, int]:
     return kept, stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
 
 
+def coalesce() -> tuple[int, int]:
+    """Elements of a coalesced matrix of 3, and of the gradient of an embedding that was looked up 200 times."""
+    import torch
+
+    places = torch.tensor([[0, 1, 1], [2, 0, 2]]).cuda()
+    matrix = torch.sparse_coo_tensor(places, torch.ones(3, device="cuda"), (3, 3))
+    table = torch.nn.Embedding(100, 8, sparse=True).cuda()
+    table(torch.randint(100, (200,), device="cuda")).sum().backward()
+    gradient: Any = table.weight.grad
+    return matrix.coalesce()._nnz(), gradient.coalesce()._nnz()
+
+
 def count_convolutions() -> dict[str, int]:
     """Estimated convolutions of two forward and backward passes, by kind of layer."""
     import torch

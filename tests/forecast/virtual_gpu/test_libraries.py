@@ -39,3 +39,7 @@ def test_sparse_products(card: Callable[[str], Any], layout: str) -> None:
     found = card("A100 80GB").call(programs.multiply_sparse, layout)
     alone = {"gradient": (5, 4)} if layout == "coo" else {"solution": (6, 4), "sampled": (6, 5)}
     assert found == {"matrix": (6, 4), "vector": (6,), "square": (6, 6), "sum": (6, 5, 14), **alone}
+
+
+def test_coalescing_takes_all_to_differ(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.coalesce) == (3, 200)

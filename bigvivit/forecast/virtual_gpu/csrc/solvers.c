@@ -22,6 +22,8 @@ EXPORT int cusolverDnCreateParams(void **to) { return (*to = calloc(1, 1)) ? 0 :
 EXPORT int cusolverDnDestroyParams(void *parameters) { return free(parameters), 0; }
 EXPORT int cusolverDnCreateGesvdjInfo(void **to) { return cusolverDnCreateParams(to); }
 EXPORT int cusolverDnDestroyGesvdjInfo(void *parameters) { return free(parameters), 0; }
+EXPORT int cusolverDnCreateSyevjInfo(void **to) { return cusolverDnCreateParams(to); }
+EXPORT int cusolverDnDestroySyevjInfo(void *parameters) { return free(parameters), 0; }
 EXPORT int cusolverDnXgesvdjSetTolerance(void *parameters, double to) { return (void)parameters, (void)to, 0; }
 EXPORT int cusolverDnXgesvdjSetMaxSweeps(void *parameters, int to) { return (void)parameters, (void)to, 0; }
 EXPORT int cusolverDnXgesvdjSetSortEig(void *parameters, int to) { return (void)parameters, (void)to, 0; }
@@ -73,6 +75,11 @@ static int tell_bytes(size_t *device, size_t *host, int type, size_t elements) {
                                                        int *size, void *p, int batch) {                                  \
         (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p;                                             \
         return tell(size, (size_t)batch * of_jacobi((size_t)n, (size_t)n));                                              \
+    }                                                                                                                    \
+    EXPORT int cusolverDn##T##Y##evj_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w, int *size,   \
+                                                void *p) {                                                               \
+        (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p;                                             \
+        return tell(size, of_jacobi((size_t)n, (size_t)n));                                                              \
     }                                                                                                                    \
     EXPORT int cusolverDn##T##gesvd_bufferSize(void *h, int m, int n, int *size) {                                       \
         return (void)h, tell(size, of_singular_values((size_t)m, (size_t)n));                                            \
@@ -152,6 +159,7 @@ EXPORT int cusolverDnXgeev_bufferSize(void *h, void *p, int left, int right, int
     WORK(cusolverDn##T##Q##gqr)                  \
     WORK(cusolverDn##T##Q##mqr)                  \
     WORK(cusolverDn##T##Y##evd)                  \
+    WORK(cusolverDn##T##Y##evj)                  \
     WORK(cusolverDn##T##Y##evjBatched)           \
     WORK(cusolverDn##T##gesvd)                   \
     WORK(cusolverDn##T##gesvdj)                  \

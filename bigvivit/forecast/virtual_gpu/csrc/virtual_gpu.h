@@ -108,7 +108,7 @@ int launch(const void *function, void **arguments, unsigned rows, void *stream);
 
 /* results.c */
 enum kernel_kind {
-    NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP,
+    NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP, KEEPS_ONE_OF_EQUALS,
     COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, FINDS_MOST, MASKS, /* conditions.c */
 };
 enum kernel_kind kind_of_kernel(const char *mangled);
