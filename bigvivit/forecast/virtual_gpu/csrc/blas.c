@@ -56,24 +56,24 @@ PRODUCT(cublasZdotc_v2)
 PRODUCT(cublasDotEx)
 
 /* Batches of factorisations and solutions: the status comes back to the host. */
-#define SOLUTIONS(T)                                                                                                    \
+#define SOLUTIONS(T) \
     EXPORT int cublas##T##getrsBatched(struct blas *handle, int trans, int n, int columns, void *a, int la, void *pivots, \
-                                       void *b, int lb, int *status, int batch) {                                       \
-        (void)trans, (void)n, (void)columns, (void)a, (void)la, (void)pivots, (void)b, (void)lb, (void)batch;           \
-        count_captured_node(handle->stream);                                                                            \
-        return *status = 0;                                                                                             \
-    }                                                                                                                   \
-    EXPORT int cublas##T##geqrfBatched(struct blas *handle, int m, int n, void *a, int la, void *tau, int *status,      \
-                                       int batch) {                                                                     \
-        (void)m, (void)n, (void)a, (void)la, (void)tau, (void)batch;                                                    \
-        count_captured_node(handle->stream);                                                                            \
-        return *status = 0;                                                                                             \
-    }                                                                                                                   \
+                                       void *b, int lb, int *status, int batch) { \
+        (void)trans, (void)n, (void)columns, (void)a, (void)la, (void)pivots, (void)b, (void)lb, (void)batch; \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
+    } \
+    EXPORT int cublas##T##geqrfBatched(struct blas *handle, int m, int n, void *a, int la, void *tau, int *status, \
+                                       int batch) { \
+        (void)m, (void)n, (void)a, (void)la, (void)tau, (void)batch; \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
+    } \
     EXPORT int cublas##T##gelsBatched(struct blas *handle, int trans, int m, int n, int columns, void *a, int la, void *c, \
-                                      int lc, int *status, void *statuses, int batch) {                                 \
+                                      int lc, int *status, void *statuses, int batch) { \
         (void)trans, (void)m, (void)n, (void)columns, (void)a, (void)la, (void)c, (void)lc, (void)statuses, (void)batch; \
-        count_captured_node(handle->stream);                                                                            \
-        return *status = 0;                                                                                             \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
     }
 SOLUTIONS(S)
 SOLUTIONS(D)

@@ -47,60 +47,60 @@ static int tell_bytes(size_t *device, size_t *host, int type, size_t elements) {
     return *device = of_type(type) * elements, *host = 0, 0;
 }
 
-#define SIZES(T, Q, Y) /* T: S, D, C, Z; Q: or, un; Y: sy, he */                                                           \
-    EXPORT int cusolverDn##T##geqrf_bufferSize(void *h, int m, int n, void *a, int la, int *size) {                      \
-        return (void)h, (void)a, (void)la, tell(size, panel((size_t)m, (size_t)n));                                      \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##getrf_bufferSize(void *h, int m, int n, void *a, int la, int *size) {                      \
-        return (void)h, (void)a, (void)la, tell(size, panel((size_t)m, (size_t)n));                                      \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##potrf_bufferSize(void *h, int part, int n, void *a, int la, int *size) {                   \
-        return (void)h, (void)part, (void)a, (void)la, tell(size, panel((size_t)n, 0));                                  \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##sytrf_bufferSize(void *h, int n, void *a, int la, int *size) {                             \
-        return (void)h, (void)a, (void)la, tell(size, panel((size_t)n, 0));                                              \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##Q##gqr_bufferSize(void *h, int m, int n, int k, void *a, int la, void *t, int *size) {     \
-        return (void)h, (void)k, (void)a, (void)la, (void)t, tell(size, panel((size_t)m, (size_t)n));                    \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##Q##mqr_bufferSize(void *h, int side, int trans, int m, int n, int k, void *a, int la,      \
-                                                void *t, void *c, int lc, int *size) {                                   \
-        (void)h, (void)side, (void)trans, (void)k, (void)a, (void)la, (void)t, (void)c, (void)lc;                        \
-        return tell(size, panel((size_t)m, (size_t)n));                                                                  \
-    }                                                                                                                    \
+#define SIZES(T, Q, Y) /* T: S, D, C, Z; Q: or, un; Y: sy, he */ \
+    EXPORT int cusolverDn##T##geqrf_bufferSize(void *h, int m, int n, void *a, int la, int *size) { \
+        return (void)h, (void)a, (void)la, tell(size, panel((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##getrf_bufferSize(void *h, int m, int n, void *a, int la, int *size) { \
+        return (void)h, (void)a, (void)la, tell(size, panel((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##potrf_bufferSize(void *h, int part, int n, void *a, int la, int *size) { \
+        return (void)h, (void)part, (void)a, (void)la, tell(size, panel((size_t)n, 0)); \
+    } \
+    EXPORT int cusolverDn##T##sytrf_bufferSize(void *h, int n, void *a, int la, int *size) { \
+        return (void)h, (void)a, (void)la, tell(size, panel((size_t)n, 0)); \
+    } \
+    EXPORT int cusolverDn##T##Q##gqr_bufferSize(void *h, int m, int n, int k, void *a, int la, void *t, int *size) { \
+        return (void)h, (void)k, (void)a, (void)la, (void)t, tell(size, panel((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##Q##mqr_bufferSize(void *h, int side, int trans, int m, int n, int k, void *a, int la, \
+                                                void *t, void *c, int lc, int *size) { \
+        (void)h, (void)side, (void)trans, (void)k, (void)a, (void)la, (void)t, (void)c, (void)lc; \
+        return tell(size, panel((size_t)m, (size_t)n)); \
+    } \
     EXPORT int cusolverDn##T##Y##evd_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w, int *size) { \
-        return (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, tell(size, of_eigenvalues((size_t)n));        \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##Y##evjBatched_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w,      \
-                                                       int *size, void *p, int batch) {                                  \
-        (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p;                                             \
-        return tell(size, (size_t)batch * of_jacobi((size_t)n, (size_t)n));                                              \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##Y##evj_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w, int *size,   \
-                                                void *p) {                                                               \
-        (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p;                                             \
-        return tell(size, of_jacobi((size_t)n, (size_t)n));                                                              \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##gesvd_bufferSize(void *h, int m, int n, int *size) {                                       \
-        return (void)h, tell(size, of_singular_values((size_t)m, (size_t)n));                                            \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##gesvdj_bufferSize(void *h, int job, int economic, int m, int n, void *a, int la, void *s,  \
-                                                void *u, int lu, void *v, int lv, int *size, void *p) {                  \
-        (void)h, (void)job, (void)economic, (void)a, (void)la, (void)s, (void)u, (void)lu, (void)v, (void)lv, (void)p;   \
-        return tell(size, of_jacobi((size_t)m, (size_t)n));                                                              \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##gesvdjBatched_bufferSize(void *h, int job, int m, int n, void *a, int la, void *s,         \
-                                                       void *u, int lu, void *v, int lv, int *size, void *p,             \
-                                                       int batch) {                                                      \
-        (void)h, (void)job, (void)a, (void)la, (void)s, (void)u, (void)lu, (void)v, (void)lv, (void)p;                   \
-        return tell(size, (size_t)batch * of_jacobi((size_t)m, (size_t)n));                                              \
-    }                                                                                                                    \
-    EXPORT int cusolverDn##T##gesvdaStridedBatched_bufferSize(                                                           \
+        return (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, tell(size, of_eigenvalues((size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##Y##evjBatched_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w, \
+                                                       int *size, void *p, int batch) { \
+        (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p; \
+        return tell(size, (size_t)batch * of_jacobi((size_t)n, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##Y##evj_bufferSize(void *h, int job, int part, int n, void *a, int la, void *w, int *size, \
+                                                void *p) { \
+        (void)h, (void)job, (void)part, (void)a, (void)la, (void)w, (void)p; \
+        return tell(size, of_jacobi((size_t)n, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##gesvd_bufferSize(void *h, int m, int n, int *size) { \
+        return (void)h, tell(size, of_singular_values((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##gesvdj_bufferSize(void *h, int job, int economic, int m, int n, void *a, int la, void *s, \
+                                                void *u, int lu, void *v, int lv, int *size, void *p) { \
+        (void)h, (void)job, (void)economic, (void)a, (void)la, (void)s, (void)u, (void)lu, (void)v, (void)lv, (void)p; \
+        return tell(size, of_jacobi((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##gesvdjBatched_bufferSize(void *h, int job, int m, int n, void *a, int la, void *s, \
+                                                       void *u, int lu, void *v, int lv, int *size, void *p, \
+                                                       int batch) { \
+        (void)h, (void)job, (void)a, (void)la, (void)s, (void)u, (void)lu, (void)v, (void)lv, (void)p; \
+        return tell(size, (size_t)batch * of_jacobi((size_t)m, (size_t)n)); \
+    } \
+    EXPORT int cusolverDn##T##gesvdaStridedBatched_bufferSize( \
         void *h, int job, int rank, int m, int n, void *a, int la, long long da, void *s, long long ds, void *u, int lu, \
-        long long du, void *v, int lv, long long dv, int *size, int batch) {                                             \
-        (void)h, (void)job, (void)rank, (void)a, (void)la, (void)da, (void)s, (void)ds, (void)u, (void)lu, (void)du;     \
-        (void)v, (void)lv, (void)dv;                                                                                     \
-        return tell(size, (size_t)batch * of_jacobi((size_t)m, (size_t)n));                                              \
+        long long du, void *v, int lv, long long dv, int *size, int batch) { \
+        (void)h, (void)job, (void)rank, (void)a, (void)la, (void)da, (void)s, (void)ds, (void)u, (void)lu, (void)du; \
+        (void)v, (void)lv, (void)dv; \
+        return tell(size, (size_t)batch * of_jacobi((size_t)m, (size_t)n)); \
     }
 SIZES(S, or, sy)
 SIZES(D, or, sy)
@@ -142,28 +142,28 @@ EXPORT int cusolverDnXgeev_bufferSize(void *h, void *p, int left, int right, int
     return tell_bytes(device, host, type, of_eigenvalues((size_t)n));
 }
 
-#define WORK(name)                            \
-    EXPORT int name(struct solver *handle) {  \
-        count_captured_node(handle->stream);  \
-        return 0;                             \
+#define WORK(name) \
+    EXPORT int name(struct solver *handle) { \
+        count_captured_node(handle->stream); \
+        return 0; \
     }
-#define WORK_OF(T, Q, Y)                         \
-    WORK(cusolverDn##T##geqrf)                   \
-    WORK(cusolverDn##T##getrf)                   \
-    WORK(cusolverDn##T##getrs)                   \
-    WORK(cusolverDn##T##potrf)                   \
-    WORK(cusolverDn##T##potrs)                   \
-    WORK(cusolverDn##T##potrfBatched)            \
-    WORK(cusolverDn##T##potrsBatched)            \
-    WORK(cusolverDn##T##sytrf)                   \
-    WORK(cusolverDn##T##Q##gqr)                  \
-    WORK(cusolverDn##T##Q##mqr)                  \
-    WORK(cusolverDn##T##Y##evd)                  \
-    WORK(cusolverDn##T##Y##evj)                  \
-    WORK(cusolverDn##T##Y##evjBatched)           \
-    WORK(cusolverDn##T##gesvd)                   \
-    WORK(cusolverDn##T##gesvdj)                  \
-    WORK(cusolverDn##T##gesvdjBatched)           \
+#define WORK_OF(T, Q, Y) \
+    WORK(cusolverDn##T##geqrf) \
+    WORK(cusolverDn##T##getrf) \
+    WORK(cusolverDn##T##getrs) \
+    WORK(cusolverDn##T##potrf) \
+    WORK(cusolverDn##T##potrs) \
+    WORK(cusolverDn##T##potrfBatched) \
+    WORK(cusolverDn##T##potrsBatched) \
+    WORK(cusolverDn##T##sytrf) \
+    WORK(cusolverDn##T##Q##gqr) \
+    WORK(cusolverDn##T##Q##mqr) \
+    WORK(cusolverDn##T##Y##evd) \
+    WORK(cusolverDn##T##Y##evj) \
+    WORK(cusolverDn##T##Y##evjBatched) \
+    WORK(cusolverDn##T##gesvd) \
+    WORK(cusolverDn##T##gesvdj) \
+    WORK(cusolverDn##T##gesvdjBatched) \
     WORK(cusolverDn##T##gesvdaStridedBatched)
 WORK_OF(S, or, sy)
 WORK_OF(D, or, sy)

@@ -62,8 +62,8 @@ DONE(cusparseSetMatType)
 DONE(cusparseSetMatDiagType)
 DONE(cusparseSetMatFillMode)
 DONE(cusparseSetMatIndexBase)
-#define OBJECT(create, destroy)                                                                \
-    EXPORT int create(void **to) { return (*to = calloc(1, 1)) ? 0 : SPARSE_NOT_ALLOCATED; }  \
+#define OBJECT(create, destroy) \
+    EXPORT int create(void **to) { return (*to = calloc(1, 1)) ? 0 : SPARSE_NOT_ALLOCATED; } \
     EXPORT int destroy(void *object) { return free(object), 0; }
 OBJECT(cusparseCreateMatDescr, cusparseDestroyMatDescr)
 OBJECT(cusparseCreateBsrsm2Info, cusparseDestroyBsrsm2Info)
@@ -72,10 +72,10 @@ OBJECT(cusparseSpGEMM_createDescr, cusparseSpGEMM_destroyDescr)
 OBJECT(cusparseSpSM_createDescr, cusparseSpSM_destroyDescr)
 OBJECT(cusparseSpSV_createDescr, cusparseSpSV_destroyDescr)
 
-#define WORK(name)                           \
+#define WORK(name) \
     EXPORT int name(struct sparse *handle) { \
         count_captured_node(handle->stream); \
-        return 0;                            \
+        return 0; \
     }
 WORK(cusparseSpMM)
 WORK(cusparseSpMV)
@@ -159,32 +159,32 @@ EXPORT int cusparseXcsrgeam2Nnz(struct sparse *handle, int m, int n, void *ta, i
     count_captured_node(handle->stream);
     return 0;
 }
-#define IN_TYPE(T)                                                                                                       \
-    EXPORT int cusparse##T##csrgeam2_bufferSizeExt(                                                                      \
-        void *h, int m, int n, void *alpha, void *ta, int elements, void *a, void *ar, void *ac, void *beta, void *tb,   \
-        int others, void *b, void *br, void *bc, void *tc, void *c, void *cr, void *cc, size_t *size) {                  \
-        (void)h, (void)n, (void)alpha, (void)ta, (void)elements, (void)a, (void)ar, (void)ac, (void)beta, (void)tb;      \
-        (void)others, (void)b, (void)br, (void)bc, (void)tc, (void)c, (void)cr, (void)cc;                                \
-        return told(size, INDEX * (size_t)(m + 1));                                                                      \
-    }                                                                                                                    \
-    EXPORT int cusparse##T##bsrsm2_bufferSize(void *h, int order, int ta, int tx, int blocks, int n, int elements,       \
+#define IN_TYPE(T) \
+    EXPORT int cusparse##T##csrgeam2_bufferSizeExt( \
+        void *h, int m, int n, void *alpha, void *ta, int elements, void *a, void *ar, void *ac, void *beta, void *tb, \
+        int others, void *b, void *br, void *bc, void *tc, void *c, void *cr, void *cc, size_t *size) { \
+        (void)h, (void)n, (void)alpha, (void)ta, (void)elements, (void)a, (void)ar, (void)ac, (void)beta, (void)tb; \
+        (void)others, (void)b, (void)br, (void)bc, (void)tc, (void)c, (void)cr, (void)cc; \
+        return told(size, INDEX * (size_t)(m + 1)); \
+    } \
+    EXPORT int cusparse##T##bsrsm2_bufferSize(void *h, int order, int ta, int tx, int blocks, int n, int elements, \
                                               void *type, void *a, void *ar, void *ac, int block, void *with, int *size) { \
-        (void)h, (void)order, (void)ta, (void)tx, (void)n, (void)elements, (void)type, (void)a, (void)ar, (void)ac;      \
-        (void)with, count_estimate(SPARSE_PRODUCTS);                                                                     \
-        return *size = INDEX * blocks * block, 0;                                                                        \
-    }                                                                                                                    \
+        (void)h, (void)order, (void)ta, (void)tx, (void)n, (void)elements, (void)type, (void)a, (void)ar, (void)ac; \
+        (void)with, count_estimate(SPARSE_PRODUCTS); \
+        return *size = INDEX * blocks * block, 0; \
+    } \
     EXPORT int cusparse##T##bsrsv2_bufferSize(void *h, int order, int ta, int blocks, int elements, void *type, void *a, \
-                                              void *ar, void *ac, int block, void *with, int *size) {                    \
-        (void)h, (void)order, (void)ta, (void)elements, (void)type, (void)a, (void)ar, (void)ac;                         \
-        (void)with, count_estimate(SPARSE_PRODUCTS);                                                                     \
-        return *size = INDEX * blocks * block, 0;                                                                        \
-    }                                                                                                                    \
-    WORK(cusparse##T##csrgeam2)                                                                                          \
-    WORK(cusparse##T##bsrmm)                                                                                             \
-    WORK(cusparse##T##bsrmv)                                                                                             \
-    WORK(cusparse##T##bsrsm2_analysis)                                                                                   \
-    WORK(cusparse##T##bsrsm2_solve)                                                                                      \
-    WORK(cusparse##T##bsrsv2_analysis)                                                                                   \
+                                              void *ar, void *ac, int block, void *with, int *size) { \
+        (void)h, (void)order, (void)ta, (void)elements, (void)type, (void)a, (void)ar, (void)ac; \
+        (void)with, count_estimate(SPARSE_PRODUCTS); \
+        return *size = INDEX * blocks * block, 0; \
+    } \
+    WORK(cusparse##T##csrgeam2) \
+    WORK(cusparse##T##bsrmm) \
+    WORK(cusparse##T##bsrmv) \
+    WORK(cusparse##T##bsrsm2_analysis) \
+    WORK(cusparse##T##bsrsm2_solve) \
+    WORK(cusparse##T##bsrsv2_analysis) \
     WORK(cusparse##T##bsrsv2_solve)
 IN_TYPE(S)
 IN_TYPE(D)
