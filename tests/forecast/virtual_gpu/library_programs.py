@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -72,6 +73,21 @@ def coalesce() -> tuple[int, int]:
     return matrix.coalesce()._nnz(), gradient.coalesce()._nnz()
 
 
+def sample() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of images sampled by a grid, and of the gradient of what made the grid."""
+    import torch
+    from torch.nn import functional
+
+    motion = torch.zeros(2, 2, 3, device="cuda", requires_grad=True)
+    images = torch.randn(2, 3, 8, 8, device="cuda", requires_grad=True)
+    grid = functional.affine_grid(motion, [2, 3, 4, 5], align_corners=True)
+    sampled = functional.grid_sample(images, grid, align_corners=True)
+    sampled.sum().backward()
+    assert images.grad is not None
+    assert motion.grad is not None
+    return tuple(sampled.shape), tuple(motion.grad.shape)
+
+
 def count_convolutions() -> dict[str, int]:
     """Estimated convolutions of two forward and backward passes, by kind of layer."""
     import torch
@@ -130,36 +146,42 @@ def transform() -> dict[str, Any]:
     }
 
 
+def factorise(matrix: Any, right: Any) -> dict[str, Callable[[], Any]]:
+    """Functions of torch.linalg, of one matrix or a batch."""
+    import torch
+
+    linalg = torch.linalg
+    return {
+        "cholesky": lambda: linalg.cholesky(matrix),
+        "cholesky_solve": lambda: torch.cholesky_solve(right, matrix),
+        "cholesky_inverse": lambda: torch.cholesky_inverse(matrix),
+        "qr": lambda: linalg.qr(matrix).Q,
+        "svd": lambda: linalg.svd(matrix, full_matrices=False).U,
+        "svdvals": lambda: linalg.svdvals(matrix),
+        "eigh": lambda: linalg.eigh(matrix).eigenvectors,
+        "eigvals": lambda: linalg.eigvals(matrix.detach()),
+        "solve": lambda: linalg.solve(matrix, right),
+        "inv": lambda: linalg.inv(matrix),
+        "lstsq": lambda: linalg.lstsq(matrix, right).solution,
+        "pinv": lambda: linalg.pinv(matrix),
+        "slogdet": lambda: linalg.slogdet(matrix).logabsdet,
+        "matrix_norm": lambda: linalg.matrix_norm(matrix, 2),
+        "solve_triangular": lambda: linalg.solve_triangular(matrix, right, upper=True),
+        "lu": lambda: linalg.lu(matrix).U,
+        "ldl": lambda: linalg.ldl_factor(matrix.detach()).LD,
+    }
+
+
 def solve(dtype: str) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of what torch.linalg gives for one matrix of 300 and for a batch of small ones, and whether gradients come
-    back. Nothing is computed, so no check of a matrix fails."""
+    """Shapes of what torch.linalg gives for one matrix of 300 and for a batch of small ones; gradients come back where
+    there are any. Nothing is computed, so no check of a matrix fails."""
     import torch
 
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for size, batch in ((300, ()), (8, (5,))):
         matrix = torch.randn(*batch, size, size, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
         right = torch.randn(*batch, size, 3, device="cuda", dtype=matrix.dtype)
-        linalg = torch.linalg
-        calls = {
-            "cholesky": lambda: linalg.cholesky(matrix),  # noqa: B023 - called at once
-            "cholesky_solve": lambda: torch.cholesky_solve(right, matrix),  # noqa: B023
-            "cholesky_inverse": lambda: torch.cholesky_inverse(matrix),  # noqa: B023
-            "qr": lambda: linalg.qr(matrix).Q,  # noqa: B023
-            "svd": lambda: linalg.svd(matrix, full_matrices=False).U,  # noqa: B023
-            "svdvals": lambda: linalg.svdvals(matrix),  # noqa: B023
-            "eigh": lambda: linalg.eigh(matrix).eigenvectors,  # noqa: B023
-            "eigvals": lambda: linalg.eigvals(matrix.detach()),  # noqa: B023
-            "solve": lambda: linalg.solve(matrix, right),  # noqa: B023
-            "inv": lambda: linalg.inv(matrix),  # noqa: B023
-            "lstsq": lambda: linalg.lstsq(matrix, right).solution,  # noqa: B023
-            "pinv": lambda: linalg.pinv(matrix),  # noqa: B023
-            "slogdet": lambda: linalg.slogdet(matrix).logabsdet,  # noqa: B023
-            "matrix_norm": lambda: linalg.matrix_norm(matrix, 2),  # noqa: B023
-            "solve_triangular": lambda: linalg.solve_triangular(matrix, right, upper=True),  # noqa: B023
-            "lu": lambda: linalg.lu(matrix).U,  # noqa: B023
-            "ldl": lambda: linalg.ldl_factor(matrix.detach()).LD,  # noqa: B023
-        }
-        for name, call in calls.items():
+        for name, call in factorise(matrix, right).items():
             result = call()
             if result.requires_grad:
                 (result.real if result.is_complex() else result).sum().backward()

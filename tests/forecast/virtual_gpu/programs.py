@@ -339,11 +339,12 @@ def snapshot_kinds() -> set[str]:
     return kinds
 
 
-def needs_a_sampler() -> None:
+def needs_ctc() -> None:
     import torch
 
-    images, grid = torch.ones(1, 1, 4, 4, device="cuda"), torch.zeros(1, 4, 4, 2, device="cuda")
-    torch.nn.functional.grid_sample(images, grid, align_corners=True)
+    labels, lengths = torch.ones(3, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    steps = torch.zeros(4, 1, 5, device="cuda").log_softmax(2)
+    torch.nn.functional.ctc_loss(steps, labels, torch.tensor([4], dtype=torch.int32), lengths)
 
 
 def fails() -> None:

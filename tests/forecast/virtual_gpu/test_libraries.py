@@ -1,4 +1,4 @@
-"""cuFFT, cuSOLVER and cuSPARSE under PyTorch's functions: shapes and gradients, and what is taken as scratch."""
+"""cuFFT, cuSOLVER, cuSPARSE and a part of cuDNN under PyTorch's functions: shapes and gradients, and what is taken as scratch."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def test_sparse_products(card: Callable[[str], Any], layout: str) -> None:
     found = card("A100 80GB").call(programs.multiply_sparse, layout)
     alone = {"gradient": (5, 4)} if layout == "coo" else {"solution": (6, 4), "sampled": (6, 5)}
     assert found == {"matrix": (6, 4), "vector": (6,), "square": (6, 6), "sum": (6, 5, 14), **alone}
+
+
+def test_images_are_sampled_by_a_grid(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.sample) == ((2, 3, 4, 5), (2, 2, 3))
 
 
 def test_coalescing_takes_all_to_differ(card: Callable[[str], Any]) -> None:

@@ -1,12 +1,12 @@
 /* cuDNN: convolutions, batch normalisation and attention, each by an engine that wants no workspace.
  *
  * Answers: the backend interface (descriptors that keep what they are given, one engine for every graph), the older
- * convolution calls, batch normalisation, pooling.
+ * convolution calls, batch normalisation, pooling, sampling by a grid.
  * What a real cuDNN would ask as workspace and reserve is its own secret and taken to be none: outputs, gradients and
  * what autograd keeps are exact, scratch of convolutions and of cuDNN's attention is missing. Convolutions whose windows
  * do not lie side by side, which are no mere matrix products, are counted as estimates.
  * Recurrent networks are in recurrent.c.
- * Does not answer: connectionist temporal classification, spatial transformers: by name.
+ * Does not answer: connectionist temporal classification: by name.
  * Versions and error texts come from the real library, which needs no device for them.
  */
 #include "virtual_gpu.h"
@@ -194,12 +194,14 @@ EXPORT int cudnnSetConvolutionNdDescriptor(struct convolution *to, int count, co
     EXPORT int cudnnDestroy##name##Descriptor(void *descriptor) { return free(descriptor), 0; }
 DESCRIPTOR(Activation)
 DESCRIPTOR(Pooling)
+DESCRIPTOR(SpatialTransformer)
 #define DONE(name) \
     EXPORT int name(void) { return 0; }
 DONE(cudnnSetConvolutionGroupCount)
 DONE(cudnnSetConvolutionMathType)
 DONE(cudnnSetActivationDescriptor)
 DONE(cudnnSetPooling2dDescriptor)
+DONE(cudnnSetSpatialTransformerNdDescriptor)
 
 #define WORK(name)                           \
     EXPORT int name(struct cudnn *handle) { \
@@ -210,6 +212,10 @@ WORK(cudnnBatchNormalizationForwardTrainingEx)
 WORK(cudnnBatchNormalizationForwardInference)
 WORK(cudnnBatchNormalizationBackwardEx)
 WORK(cudnnPoolingForward)
+WORK(cudnnSpatialTfGridGeneratorForward)
+WORK(cudnnSpatialTfGridGeneratorBackward)
+WORK(cudnnSpatialTfSamplerForward)
+WORK(cudnnSpatialTfSamplerBackward)
 
 static int convolve(struct cudnn *handle, const struct shape *weight, const struct convolution *how) {
     int64_t kernel[8];
