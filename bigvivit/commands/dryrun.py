@@ -145,6 +145,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "error": outcome.error_text or None,
         "shortage": outcome.shortage,
         "shortages_caught": outcome.caught,
+        "scratch_not_known": outcome.estimates,
         "ranks": list(outcome.records),
         "output_tail": outcome.tail if outcome.word in ("failed", "no GPU used") else None,
     }

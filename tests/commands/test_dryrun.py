@@ -71,6 +71,7 @@ def test_what_a_program_says_of_itself_is_what_is_reported(program: Path, tmp_pa
     assert (found["verdict"], found["evidence"], found["gpu"]) == ("fits", "virtual", "RTX 2080 Ti")
     assert (found["peak_allocated_bytes"], found["peak_reserved_bytes"]) == (allocated, reserved)
     assert found["peak_driver_bytes"] > reserved
+    assert found["scratch_not_known"] == {}
     (rank,) = found["ranks"]
     assert (rank["steps"], rank["ended"]) == (2, "exit")
     phases = rank["devices"][0]["phases"]
@@ -85,6 +86,25 @@ def test_what_a_program_says_of_itself_is_what_is_reported(program: Path, tmp_pa
     assert found["expandable_segments"]["by"] == "allocator model"
     replayed = call("replay", snapshot, "--json")
     assert json.loads(replayed.stdout)["recorded_peak_reserved_bytes"] == reserved
+
+
+def test_what_is_not_known_is_said(program: Path, tmp_path: Path) -> None:
+    program.write_text("""
+import torch
+from torch import nn
+net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3), nn.Flatten(2), nn.LSTM(36, 8)).cuda()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+while True:
+    net(torch.randn(2, 3, 32, 32, device="cuda"))[0].sum().backward()
+    optimizer.step()
+""")
+    done = dryrun("--gpu", "L4", "--", sys.executable, program, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if " ran whose " in line]
+    assert said == [  # forward, and gradients of data and weight, in each of three steps
+        "9 convolutions ran whose scratch in cuDNN is not known; a real GPU may need more.",
+        "9 passes of recurrent networks ran whose space in cuDNN is an estimate.",
+    ]
 
 
 def test_out_of_memory_is_said_with_its_line(program: Path, tmp_path: Path) -> None:

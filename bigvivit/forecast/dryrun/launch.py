@@ -123,6 +123,16 @@ class Outcome:
         """Failed allocations that the program lived with."""
         return sum(len(record["shortages"]) for record in self.records) if self.word == "fits" else 0
 
+    @property
+    def estimates(self) -> dict[str, int]:
+        """Calls of NVIDIA's libraries whose scratch is not known (`virtual_gpu.estimates`), where there were any: the
+        most of a rank."""
+        most: dict[str, int] = {}
+        for record in self.ranks:
+            for name, count in record["estimates"].items():
+                most[name] = max(count, most.get(name, 0))
+        return {name: count for name, count in most.items() if count}
+
     def peak(self, key: str) -> int:
         """The most of a counter, such as `peak_reserved_bytes`, over all ranks and devices."""
         return max((device[key] for record in self.records for device in record["devices"]), default=0)

@@ -18,6 +18,14 @@ from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.units import format_bytes
 
 SHOWN_LINES = 8
+NOT_KNOWN = {
+    "convolutions": "{} convolutions ran whose scratch in cuDNN is not known; a real GPU may need more.",
+    "recurrent networks": "{} passes of recurrent networks ran whose space in cuDNN is an estimate.",
+    "Fourier transforms": "{} Fourier transforms ran whose scratch in cuFFT is an estimate.",
+    "dense solvers": "{} calls of cuSOLVER ran whose scratch is an estimate.",
+    "sparse products": "{} calls of cuSPARSE ran whose scratch is an estimate.",
+}
+"""What is said of each of `virtual_gpu.estimates`."""
 PEAK_HEADINGS = ("peak allocated", "peak reserved", "with CUDA's own")
 
 
@@ -166,6 +174,7 @@ def describe_notes(outcome: Outcome, device: dict[str, Any]) -> Iterator[str]:
         yield "No optimizer of torch.optim stepped: this is the whole program, not a training step."
     if len(outcome.ranks) < outcome.world:
         yield f"{len(outcome.ranks)} of {outcome.world} ranks were seen."
+    yield from (NOT_KNOWN[name].format(f"{count:,}") for name, count in outcome.estimates.items())
     yield "Evidence: virtual. PyTorch's own allocator and operators ran; no kernel did, so values are meaningless."
     if not outcome.request.sandbox:
         yield "Files and uploads are the program's own business: what it writes by itself was written (or --sandbox)."

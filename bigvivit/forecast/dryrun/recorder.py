@@ -281,6 +281,7 @@ class Recorder:
             "seconds": round(time.monotonic() - self.began, 3),
             "step_seconds": [round(end - begin, 4) for begin, end in itertools.pairwise(self.step_ends)],
             "shortages": self.shortages,
+            "estimates": virtual_gpu.estimates(),
             "error": None if error is None else {"type": type(error).__name__, "text": str(error)},
             "error_is_out_of_memory": error is not None and self.is_out_of_memory(error),
             "devices": devices,

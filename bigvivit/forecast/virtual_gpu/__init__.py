@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigvivit.forecast.virtual_gpu.inside import driver_bytes, hold_events, is_active, launches
+from bigvivit.forecast.virtual_gpu.inside import driver_bytes, estimates, hold_events, is_active, launches
 
 if TYPE_CHECKING:
     from bigvivit.forecast.virtual_gpu.session import VirtualGpuError, environment, virtual_gpu
 
-__all__ = ["VirtualGpuError", "driver_bytes", "environment", "hold_events", "is_active", "launches", "virtual_gpu"]
+__all__ = [
+    "VirtualGpuError",
+    "driver_bytes",
+    "environment",
+    "estimates",
+    "hold_events",
+    "is_active",
+    "launches",
+    "virtual_gpu",
+]
 
 
 def __getattr__(name: str) -> Any:

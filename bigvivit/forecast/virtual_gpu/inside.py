@@ -10,6 +10,9 @@ import time
 VARIABLE = "BIGVIVIT_VIRTUAL_GPU"
 """Describes the cards to the library; set in every process on virtual GPUs."""
 
+ESTIMATES = ("convolutions", "recurrent networks", "Fourier transforms", "dense solvers", "sparse products")
+"""What csrc/estimates.c counts, by its numbers."""
+
 
 def library() -> ctypes.CDLL | None:
     """The preloaded library, None where there is none."""
@@ -21,6 +24,7 @@ def library() -> ctypes.CDLL | None:
     loaded.bigvivit_virtual_gpu_driver_peak.restype = ctypes.c_size_t
     loaded.bigvivit_virtual_gpu_locked_peak.restype = ctypes.c_size_t
     loaded.bigvivit_virtual_gpu_launches.restype = ctypes.c_size_t
+    loaded.bigvivit_virtual_gpu_estimates.restype = ctypes.c_size_t
     return loaded
 
 
@@ -51,6 +55,13 @@ def locked_bytes() -> int:
 def launches() -> int:
     """How many kernels this process has launched, without those inside cuBLAS, cuDNN and NCCL."""
     return int(active_library().bigvivit_virtual_gpu_launches())
+
+
+def estimates() -> dict[str, int]:
+    """How often NVIDIA's libraries were called in this process where their scratch is not known, by `ESTIMATES`: for
+    convolutions none is taken here, for the others an estimate (docs/virtual_gpu.md)."""
+    count = active_library().bigvivit_virtual_gpu_estimates
+    return {name: int(count(number)) for number, name in enumerate(ESTIMATES)}
 
 
 def hold_events(hold: bool) -> None:

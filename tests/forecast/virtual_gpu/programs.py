@@ -205,6 +205,14 @@ def convolve() -> tuple[int, int]:
     return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before - result.numel() * 2
 
 
+def compile_kernels() -> list[tuple[int, ...]]:
+    """Results of kernels that PyTorch compiles by NVRTC when they are first called."""
+    import torch
+
+    values = torch.randn(4, 5, device="cuda")
+    return [tuple(result.shape) for result in (values.prod(1), torch.special.erfcx(values), values.cfloat().sigmoid())]
+
+
 def capture_graph() -> tuple[int, str]:
     """Kernels launched while a captured graph is replayed, and the error of reading a value during a capture."""
     import torch
@@ -261,10 +269,12 @@ def snapshot_kinds() -> set[str]:
     return kinds
 
 
-def needs_cusolver() -> None:
+def needs_ctc() -> None:
     import torch
 
-    torch.linalg.svd(torch.ones(4, 4, device="cuda"))
+    labels, lengths = torch.ones(3, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    steps = torch.zeros(4, 1, 5, device="cuda").log_softmax(2)
+    torch.nn.functional.ctc_loss(steps, labels, torch.tensor([4], dtype=torch.int32), lengths)
 
 
 def fails() -> None:

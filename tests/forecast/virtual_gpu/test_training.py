@@ -57,6 +57,10 @@ def test_a_patch_convolution_takes_its_result_alone(card: Callable[[str], Any]) 
     assert (stays, scratch) == (8 * 768 * 14 * 14 * 2, 0)
 
 
+def test_kernels_are_compiled_by_nvrtc(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.compile_kernels) == [(4,), (4, 5), (4, 5)]
+
+
 def test_graphs_are_captured_and_guarded(card: Callable[[str], Any]) -> None:
     launched, error = card("A100 80GB").call(programs.capture_graph)
     assert launched == 0

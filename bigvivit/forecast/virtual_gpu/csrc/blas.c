@@ -1,7 +1,7 @@
 /* cuBLAS and cuBLASLt: products take the workspaces that PyTorch gives them, and do nothing.
  *
- * Answers: handles, streams, math and pointer modes, every product, batched product, triangular solve and dot product
- * that PyTorch calls; of cuBLASLt descriptors and layouts, and one algorithm for every product that wants no more
+ * Answers: handles, streams, math and pointer modes, every product, batched product, triangular solve, dot product and
+ * batch of factorisations that PyTorch calls; of cuBLASLt descriptors and layouts, and one algorithm for every product that wants no more
  * workspace than is offered (PyTorch allocates its workspaces before it asks).
  * Does not answer: BLAS calls that only MAGMA makes.
  */
@@ -42,6 +42,7 @@ IN_ALL_TYPES(cublas, gemmStridedBatched)
 IN_ALL_TYPES(cublas, gemv_v2)
 IN_ALL_TYPES(cublas, trsm_v2)
 IN_ALL_TYPES(cublas, trsmBatched)
+IN_ALL_TYPES(cublas, getrfBatched)
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasSgemmEx)
 PRODUCT(cublasGemmBatchedEx)
@@ -53,6 +54,31 @@ PRODUCT(cublasCdotc_v2)
 PRODUCT(cublasZdotu_v2)
 PRODUCT(cublasZdotc_v2)
 PRODUCT(cublasDotEx)
+
+/* Batches of factorisations and solutions: the status comes back to the host. */
+#define SOLUTIONS(T) \
+    EXPORT int cublas##T##getrsBatched(struct blas *handle, int trans, int n, int columns, void *a, int la, void *pivots, \
+                                       void *b, int lb, int *status, int batch) { \
+        (void)trans, (void)n, (void)columns, (void)a, (void)la, (void)pivots, (void)b, (void)lb, (void)batch; \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
+    } \
+    EXPORT int cublas##T##geqrfBatched(struct blas *handle, int m, int n, void *a, int la, void *tau, int *status, \
+                                       int batch) { \
+        (void)m, (void)n, (void)a, (void)la, (void)tau, (void)batch; \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
+    } \
+    EXPORT int cublas##T##gelsBatched(struct blas *handle, int trans, int m, int n, int columns, void *a, int la, void *c, \
+                                      int lc, int *status, void *statuses, int batch) { \
+        (void)trans, (void)m, (void)n, (void)columns, (void)a, (void)la, (void)c, (void)lc, (void)statuses, (void)batch; \
+        count_captured_node(handle->stream); \
+        return *status = 0; \
+    }
+SOLUTIONS(S)
+SOLUTIONS(D)
+SOLUTIONS(C)
+SOLUTIONS(Z)
 
 /* cuBLASLt. A handle of cuBLAS serves as one of cuBLASLt; the stream comes with each product. */
 EXPORT int cublasLtCreate(struct blas **handle) { return cublasCreate_v2(handle); }

@@ -1,30 +1,39 @@
 /* cuDNN: convolutions, batch normalisation and attention, each by an engine that wants no workspace.
  *
  * Answers: the backend interface (descriptors that keep what they are given, one engine for every graph), the older
- * convolution calls, batch normalisation, pooling.
+ * convolution calls, batch normalisation, pooling, sampling by a grid.
  * What a real cuDNN would ask as workspace and reserve is its own secret and taken to be none: outputs, gradients and
- * what autograd keeps are exact, scratch of convolutions and of cuDNN's attention is missing.
- * Does not answer: recurrent networks, connectionist temporal classification, spatial transformers: by name.
+ * what autograd keeps are exact, scratch of convolutions and of cuDNN's attention is missing. Convolutions whose windows
+ * do not lie side by side, which are no mere matrix products, are counted as estimates.
+ * Recurrent networks are in recurrent.c.
+ * Does not answer: connectionist temporal classification: by name.
  * Versions and error texts come from the real library, which needs no device for them.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { CUDNN_BAD_PARAM = 2000, CUDNN_INTERNAL_ERROR = 4000 };
-
-struct handle {
-    void *stream;
-};
-EXPORT int cudnnCreate(struct handle **handle) {
+EXPORT int cudnnCreate(struct cudnn **handle) {
     touch(current_device());
     return (*handle = calloc(1, sizeof **handle)) ? 0 : CUDNN_INTERNAL_ERROR;
 }
-EXPORT int cudnnDestroy(struct handle *handle) { return free(handle), 0; }
-EXPORT int cudnnSetStream(struct handle *handle, void *stream) { return handle->stream = stream, 0; }
-EXPORT int cudnnGetStream(struct handle *handle, void **stream) { return *stream = handle->stream, 0; }
+EXPORT int cudnnDestroy(struct cudnn *handle) { return free(handle), 0; }
+EXPORT int cudnnSetStream(struct cudnn *handle, void *stream) { return handle->stream = stream, 0; }
+EXPORT int cudnnGetStream(struct cudnn *handle, void **stream) { return *stream = handle->stream, 0; }
+
+/* Whether windows lie side by side, as the patches of a vision transformer: the stride is the kernel, nothing is padded
+ * or dilated. */
+static int lies_side_by_side(int64_t count, const int64_t *kernel, const int64_t *stride, const int64_t *dilation,
+                             const int64_t *before, const int64_t *behind) {
+    for (int64_t i = 0; i < count; i++)
+        if (stride[i] != kernel[i] || before[i] || behind[i] || (dilation[i] != 1 && kernel[i] != 1)) return 0;
+    return 1;
+}
 
 /* The backend interface */
+enum { CONVOLUTION = 10, CONVOLUTION_BACKWARD_WEIGHT = 11, CONVOLUTION_BACKWARD_DATA = 12 }; /* types of descriptors */
+enum { DILATIONS = 102, STRIDES = 103, PADDING_BEHIND = 104, PADDING_BEFORE = 105, TENSOR_SIZES = 902 };
+enum { OPERATION_CONVOLUTION = 702, OPERATION_WEIGHT = 703 }; /* six further for the data's gradient, twelve the weight's */
 enum { ENGINE_HEURISTICS_RESULTS = 202, ENGINE_OF_CONFIGURATION = 300, CONFIGURATION_WORKSPACE = 303 };
 enum { CONFIGURATION_SHARED_MEMORY = 304, PLAN_WORKSPACE = 402, ENGINE_INDEX = 1301 };
 enum { TYPE_INT64 = 3, TYPE_DESCRIPTOR = 15 };
@@ -37,6 +46,7 @@ struct attribute {
 };
 struct descriptor {
     int type;
+    int estimated; /* it is, or contains, or was chosen for a convolution whose scratch is not known */
     struct attribute *attributes;
 };
 
@@ -64,7 +74,39 @@ EXPORT int cudnnBackendDestroyDescriptor(struct descriptor *descriptor) {
     return 0;
 }
 EXPORT int cudnnBackendInitialize(struct descriptor *descriptor) { return (void)descriptor, 0; }
-EXPORT int cudnnBackendFinalize(struct descriptor *descriptor) { return (void)descriptor, 0; }
+
+static const struct attribute *find_attribute(const struct descriptor *in, int name) {
+    const struct attribute *each = in->attributes;
+    while (each && each->name != name) each = each->next;
+    return each;
+}
+static const struct descriptor *descriptor_in(const struct descriptor *in, int name) {
+    const struct attribute *found = find_attribute(in, name);
+    return found && found->type == TYPE_DESCRIPTOR && found->count ? *(struct descriptor *const *)found->bytes : NULL;
+}
+
+/* Of an operation that is a convolution, forward or backward. */
+static int has_known_scratch(const struct descriptor *operation) {
+    int at = operation->type == CONVOLUTION ? 0 : operation->type == CONVOLUTION_BACKWARD_DATA ? 6 : 12;
+    const struct descriptor *convolution = descriptor_in(operation, OPERATION_CONVOLUTION + at);
+    const struct descriptor *weight = descriptor_in(operation, OPERATION_WEIGHT + at);
+    const struct attribute *sizes = weight ? find_attribute(weight, TENSOR_SIZES) : NULL;
+    static const int names[] = {STRIDES, DILATIONS, PADDING_BEFORE, PADDING_BEHIND};
+    const int64_t *given[4];
+    for (int i = 0; i < 4; i++) {
+        const struct attribute *found = convolution ? find_attribute(convolution, names[i]) : NULL;
+        if (!found || !sizes || found->count != sizes->count - 2) return 0;
+        given[i] = (const int64_t *)found->bytes;
+    }
+    const int64_t *kernel = (const int64_t *)sizes->bytes + 2;
+    return lies_side_by_side(sizes->count - 2, kernel, given[0], given[1], given[2], given[3]);
+}
+EXPORT int cudnnBackendFinalize(struct descriptor *descriptor) {
+    int type = descriptor->type;
+    if (type == CONVOLUTION || type == CONVOLUTION_BACKWARD_DATA || type == CONVOLUTION_BACKWARD_WEIGHT)
+        descriptor->estimated = !has_known_scratch(descriptor);
+    return 0;
+}
 EXPORT int cudnnBackendSetAttribute(struct descriptor *to, int name, int type, int64_t count, const void *from) {
     size_t bytes = (size_t)count * size_of_type(type);
     struct attribute *kept = malloc(sizeof *kept + bytes);
@@ -72,69 +114,135 @@ EXPORT int cudnnBackendSetAttribute(struct descriptor *to, int name, int type, i
     *kept = (struct attribute){name, type, count, to->attributes};
     if (bytes) memcpy(kept->bytes, from, bytes);
     to->attributes = kept; /* before an older one of the same name */
+    for (int64_t i = 0; type == TYPE_DESCRIPTOR && i < count; i++) {
+        const struct descriptor *part = ((struct descriptor *const *)from)[i];
+        if (part && part->estimated) to->estimated = 1;
+    }
     return 0;
 }
 EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int type, int64_t wanted, int64_t *count,
                                     void *to) {
     int64_t answered = 0;
     if (name == ENGINE_HEURISTICS_RESULTS || name == ENGINE_OF_CONFIGURATION) {
-        answered = 1; /* the caller's own descriptors are filled in, with nothing */
+        answered = 1; /* the caller's own descriptors are filled in, with nothing but this */
+        if (wanted > 0 && to && *(struct descriptor **)to) (*(struct descriptor **)to)->estimated = from->estimated;
     } else if (name == CONFIGURATION_WORKSPACE || name == CONFIGURATION_SHARED_MEMORY || name == PLAN_WORKSPACE ||
                name == ENGINE_INDEX) {
         if (wanted > 0 && to) memset(to, 0, size_of_type(type));
         answered = 1;
     } else {
-        for (struct attribute *each = from->attributes; each; each = each->next) {
-            if (each->name != name || each->type != type) continue;
-            int64_t given = wanted < each->count ? wanted : each->count;
-            if (to && given > 0) memcpy(to, each->bytes, (size_t)given * size_of_type(type));
-            answered = each->count;
-            break;
+        const struct attribute *found = find_attribute(from, name);
+        if (found && found->type == type) {
+            int64_t given = wanted < found->count ? wanted : found->count;
+            if (to && given > 0) memcpy(to, found->bytes, (size_t)given * size_of_type(type));
+            answered = found->count;
         }
     }
     if (count) *count = answered;
     return 0;
 }
-EXPORT int cudnnBackendExecute(struct handle *handle, struct descriptor *plan, struct descriptor *pack) {
-    (void)plan, (void)pack;
+EXPORT int cudnnBackendExecute(struct cudnn *handle, struct descriptor *plan, struct descriptor *pack) {
+    (void)pack;
+    if (plan->estimated) count_estimate(CONVOLUTIONS);
     count_captured_node(handle->stream);
     return 0;
 }
 
-/* Older descriptors: nothing of them is read again. */
+/* Older descriptors. Of tensors', filters' and convolutions' the sizes are read again. */
+EXPORT int cudnnCreateTensorDescriptor(struct shape **to) {
+    return (*to = calloc(1, sizeof **to)) ? 0 : CUDNN_INTERNAL_ERROR;
+}
+EXPORT int cudnnDestroyTensorDescriptor(struct shape *shape) { return free(shape), 0; }
+EXPORT int cudnnSetTensorNdDescriptor(struct shape *shape, int type, int count, const int *sizes, const int *strides) {
+    if (count < 0 || count > 8) return CUDNN_BAD_PARAM;
+    *shape = (struct shape){.type = type, .count = count};
+    memcpy(shape->sizes, sizes, (size_t)count * sizeof *sizes);
+    memcpy(shape->strides, strides, (size_t)count * sizeof *strides);
+    return 0;
+}
+EXPORT int cudnnGetTensorNdDescriptor(const struct shape *shape, int wanted, int *type, int *count, int *sizes,
+                                      int *strides) {
+    int given = wanted < shape->count ? wanted : shape->count;
+    *type = shape->type, *count = shape->count;
+    memcpy(sizes, shape->sizes, (size_t)given * sizeof *sizes);
+    memcpy(strides, shape->strides, (size_t)given * sizeof *strides);
+    return 0;
+}
+EXPORT int cudnnCreateFilterDescriptor(struct shape **to) { return cudnnCreateTensorDescriptor(to); }
+EXPORT int cudnnDestroyFilterDescriptor(struct shape *shape) { return free(shape), 0; }
+EXPORT int cudnnSetFilterNdDescriptor(struct shape *shape, int type, int format, int count, const int *sizes) {
+    return (void)format, cudnnSetTensorNdDescriptor(shape, type, count, sizes, sizes);
+}
+struct convolution {
+    int64_t padding[8], stride[8], dilation[8];
+};
+EXPORT int cudnnCreateConvolutionDescriptor(struct convolution **to) {
+    return (*to = calloc(1, sizeof **to)) ? 0 : CUDNN_INTERNAL_ERROR;
+}
+EXPORT int cudnnDestroyConvolutionDescriptor(struct convolution *convolution) { return free(convolution), 0; }
+EXPORT int cudnnSetConvolutionNdDescriptor(struct convolution *to, int count, const int *padding, const int *stride,
+                                           const int *dilation, int mode, int type) {
+    (void)mode, (void)type;
+    if (count < 0 || count > 8) return CUDNN_BAD_PARAM;
+    for (int i = 0; i < count; i++) to->padding[i] = padding[i], to->stride[i] = stride[i], to->dilation[i] = dilation[i];
+    return 0;
+}
 #define DESCRIPTOR(name)                                                                           \
     EXPORT int cudnnCreate##name##Descriptor(void **to) {                                          \
         return (*to = calloc(1, 1)) ? 0 : CUDNN_INTERNAL_ERROR;                                    \
     }                                                                                              \
     EXPORT int cudnnDestroy##name##Descriptor(void *descriptor) { return free(descriptor), 0; }
-DESCRIPTOR(Tensor)
-DESCRIPTOR(Filter)
-DESCRIPTOR(Convolution)
 DESCRIPTOR(Activation)
 DESCRIPTOR(Pooling)
+DESCRIPTOR(SpatialTransformer)
 #define DONE(name) \
     EXPORT int name(void) { return 0; }
-DONE(cudnnSetTensorNdDescriptor)
-DONE(cudnnSetFilterNdDescriptor)
-DONE(cudnnSetConvolutionNdDescriptor)
 DONE(cudnnSetConvolutionGroupCount)
 DONE(cudnnSetConvolutionMathType)
 DONE(cudnnSetActivationDescriptor)
 DONE(cudnnSetPooling2dDescriptor)
+DONE(cudnnSetSpatialTransformerNdDescriptor)
 
 #define WORK(name)                           \
-    EXPORT int name(struct handle *handle) { \
+    EXPORT int name(struct cudnn *handle) { \
         count_captured_node(handle->stream); \
         return 0;                            \
     }
-WORK(cudnnConvolutionForward)
-WORK(cudnnConvolutionBiasActivationForward)
-WORK(cudnnConvolutionBackwardData)
-WORK(cudnnConvolutionBackwardFilter)
 WORK(cudnnBatchNormalizationForwardTrainingEx)
 WORK(cudnnBatchNormalizationForwardInference)
 WORK(cudnnBatchNormalizationBackwardEx)
 WORK(cudnnPoolingForward)
+WORK(cudnnSpatialTfGridGeneratorForward)
+WORK(cudnnSpatialTfGridGeneratorBackward)
+WORK(cudnnSpatialTfSamplerForward)
+WORK(cudnnSpatialTfSamplerBackward)
+
+static int convolve(struct cudnn *handle, const struct shape *weight, const struct convolution *how) {
+    int64_t kernel[8];
+    for (int i = 2; i < weight->count; i++) kernel[i - 2] = weight->sizes[i];
+    if (!lies_side_by_side(weight->count - 2, kernel, how->stride, how->dilation, how->padding, how->padding))
+        count_estimate(CONVOLUTIONS);
+    count_captured_node(handle->stream);
+    return 0;
+}
+EXPORT int cudnnConvolutionForward(struct cudnn *handle, const void *alpha, void *dx, const void *x, struct shape *weight,
+                                   const void *w, struct convolution *how) {
+    return (void)alpha, (void)dx, (void)x, (void)w, convolve(handle, weight, how);
+}
+EXPORT int cudnnConvolutionBiasActivationForward(struct cudnn *handle, const void *alpha, void *dx, const void *x,
+                                                 struct shape *weight, const void *w, struct convolution *how) {
+    return (void)alpha, (void)dx, (void)x, (void)w, convolve(handle, weight, how);
+}
+EXPORT int cudnnConvolutionBackwardData(struct cudnn *handle, const void *alpha, struct shape *weight, const void *w,
+                                        void *dy, const void *y, struct convolution *how) {
+    return (void)alpha, (void)w, (void)dy, (void)y, convolve(handle, weight, how);
+}
+EXPORT int cudnnConvolutionBackwardFilter(struct cudnn *handle, const void *alpha, void *dx, const void *x, void *dy,
+                                          const void *y, struct convolution *how, int algorithm, void *space,
+                                          size_t size, const void *beta, struct shape *weight) {
+    (void)alpha, (void)dx, (void)x, (void)dy, (void)y, (void)algorithm, (void)space, (void)size, (void)beta;
+    return convolve(handle, weight, how);
+}
 
 /* The older way to choose an algorithm: there is one, without a workspace. */
 struct performance { /* cudnnConvolution*AlgoPerf_t */

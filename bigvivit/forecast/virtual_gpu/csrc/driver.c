@@ -14,6 +14,8 @@
 /* Contexts: that of a device is its number plus one. */
 EXPORT int cuInit(unsigned flags) { return (void)flags, visible_count() ? SUCCESS : NO_DEVICE; }
 EXPORT int cuDriverGetVersion(int *version) { return *version = CUDA_VERSION_NUMBER, SUCCESS; }
+/* NVRTC asks for tables that are not documented, and goes on without where there are none. */
+EXPORT int cuGetExportTable(const void **table, const void *id) { return (void)id, *table = NULL, NOT_FOUND; }
 EXPORT int cuDeviceGetCount(int *count) { return *count = visible_count(), SUCCESS; }
 EXPORT int cuDeviceGet(int *device, int ordinal) {
     if (ordinal < 0 || ordinal >= visible_count()) return INVALID_DEVICE;

@@ -7,6 +7,7 @@
  *   `torch.isnan(loss).any()` and `loss < threshold` are false: a healthy run goes on.
  * - Counting for `nonzero` (and indexing by a mask): exact for a mask that came from the host; for any other, all
  *   elements are taken, which is the most that it can be.
+ * - Keeping one of equal keys, as sparse tensors do when they are coalesced: all are taken to differ.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
@@ -40,6 +41,7 @@ enum kernel_kind kind_of_kernel(const char *name) {
         return JOINS;
     if (strstr(name, "DeviceReduce") && strstr(name, "NonZeroOpI")) return COUNTS;
     if (strstr(name, "DeviceReduceSingleTileKernel")) return SUMS_UP;
+    if (strstr(name, "DeviceUniqueByKeySweepKernel")) return KEEPS_ONE_OF_EQUALS;
     return OTHER;
 }
 
@@ -90,9 +92,10 @@ void note_kernel(enum kernel_kind kind, const char *name, void **arguments, unsi
     if (kind == FILLS) fill(name, arguments);
     if (kind == CONCATENATES) concatenate(name, arguments, rows);
     if (kind == COUNTS) counted = count_nonzero(name, arguments);
+    if (kind == KEEPS_ONE_OF_EQUALS) counted = *(int *)arguments[7]; /* behind four iterators, the result, state, functor */
 }
 
 void read_result(void *to, size_t size) {
     if ((last == JOINS || last == BOTH || last == ALL) && size == 1) *(char *)to = 1;
-    if (last == COUNTS && size == sizeof counted) memcpy(to, &counted, size);
+    if ((last == COUNTS || last == KEEPS_ONE_OF_EQUALS) && size == sizeof counted) memcpy(to, &counted, size);
 }

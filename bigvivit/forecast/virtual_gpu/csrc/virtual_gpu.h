@@ -108,13 +108,26 @@ int launch(const void *function, void **arguments, unsigned rows, void *stream);
 
 /* results.c */
 enum kernel_kind {
-    NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP,
+    NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP, KEEPS_ONE_OF_EQUALS,
     COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, FINDS_MOST, MASKS, /* conditions.c */
 };
 enum kernel_kind kind_of_kernel(const char *mangled);
 void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments, unsigned rows);
 void read_result(void *to, size_t size); /* changes what is read back by the kernel launched last in this thread */
 
+
+/* estimates.c */
+enum estimate { CONVOLUTIONS, RECURRENT_PASSES, FOURIER_TRANSFORMS, DENSE_SOLVERS, SPARSE_PRODUCTS, ESTIMATES };
+void count_estimate(enum estimate kind);
+
+/* cudnn.c */
+enum { CUDNN_BAD_PARAM = 2000, CUDNN_INTERNAL_ERROR = 4000 };
+struct cudnn { /* a handle */
+    void *stream;
+};
+struct shape { /* of a tensor: what its descriptor keeps */
+    int type, count, sizes[8], strides[8];
+};
 
 /* conditions.c */
 int goes_over_whole_tensors(const char *mangled);

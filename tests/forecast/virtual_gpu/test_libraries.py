@@ -1,0 +1,49 @@
+"""cuFFT, cuSOLVER, cuSPARSE and a part of cuDNN under PyTorch's functions: shapes and gradients, and what is taken as scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.forecast.virtual_gpu import library_programs as programs
+
+
+def test_fourier_transforms(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.transform) == {
+        "spectrum": ((64, 501), "torch.complex64"),
+        "back": (64, 1000),
+        "gradient": (64, 1000),
+        "images": ((2, 3, 16, 16), "torch.complex128"),
+        "short": (4, 129, 65),
+        "scratch": 64 * 1000 * 8,  # one complex number for each element
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_linear_algebra(card: Callable[[str], Any], dtype: str) -> None:
+    shapes = card("A100 80GB").call(programs.solve, dtype)
+    matrices, vectors, columns = [(300, 300), (5, 8, 8)], [(300,), (5, 8)], [(300, 3), (5, 8, 3)]
+    numbers: list[tuple[int, ...]] = [(), (5,)]
+    assert shapes == {
+        **dict.fromkeys(("cholesky", "cholesky_inverse", "qr", "svd", "eigh", "inv", "pinv", "lu", "ldl"), matrices),
+        **dict.fromkeys(("svdvals", "eigvals"), vectors),
+        **dict.fromkeys(("cholesky_solve", "solve", "lstsq", "solve_triangular"), columns),
+        **dict.fromkeys(("slogdet", "matrix_norm"), numbers),
+    }
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_products(card: Callable[[str], Any], layout: str) -> None:
+    found = card("A100 80GB").call(programs.multiply_sparse, layout)
+    alone = {"gradient": (5, 4)} if layout == "coo" else {"solution": (6, 4), "sampled": (6, 5)}
+    assert found == {"matrix": (6, 4), "vector": (6,), "square": (6, 6), "sum": (6, 5, 14), **alone}
+
+
+def test_images_are_sampled_by_a_grid(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.sample) == ((2, 3, 4, 5), (2, 2, 3))
+
+
+def test_coalescing_takes_all_to_differ(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.coalesce) == (3, 200)
