@@ -29,12 +29,12 @@ def identify(name: str) -> dict[str, Any]:
     """What rows are of: they belong together where all of this is the same. Raises ConfigError for CUDA where there is
     none."""
     from bigvivit.machine import count_cores, read_memory, read_nvml
-    from bigvivit.training.report import describe_device
+    from bigvivit.training.report import VIRTUAL, describe_device
 
     device = choose_device(name)
     found: dict[str, Any] = {
         "device": device.type,
-        "card": describe_device(device),
+        "card": describe_device(device).removesuffix(VIRTUAL),  # `evidence` says it
         "evidence": "virtual" if is_active() and device.type == "cuda" else "measured",
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

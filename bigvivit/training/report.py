@@ -55,6 +55,10 @@ def read_commit() -> str | None:
         return None
 
 
+VIRTUAL = " (virtual)"
+"""Behind the name of a GPU that is not there."""
+
+
 def describe_device(device: torch.device) -> str:
     """The accelerator's or the processor's name."""
     import torch
@@ -62,7 +66,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         from bigvivit.forecast.virtual_gpu.inside import is_active
 
-        return torch.cuda.get_device_name(device) + " (virtual)" * is_active()
+        return torch.cuda.get_device_name(device) + VIRTUAL * is_active()
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
 
 

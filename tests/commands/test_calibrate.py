@@ -84,7 +84,7 @@ def test_on_a_virtual_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytes
             assert forecast["allocated_bytes"] == pytest.approx(row["allocated_bytes"], rel=0.01)
             assert abs(int(str(forecast["reserved_bytes"])) - int(str(row["reserved_bytes"]))) <= 4 * MiB
     page = (out / "report.md").read_text()
-    assert "Tesla T4 (virtual): forecasts against it, virtual" in page
+    assert "Tesla T4: forecasts against it, virtual" in page
     assert "measured" not in page
     planned = call(
         "plan", "--tower", "vit-b", "--frames", "8", "--hardware", "T4", "--calibration", out / "calibration.json"

@@ -1,4 +1,4 @@
-"""cuFFT, cuSOLVER, cuSPARSE and a part of cuDNN under PyTorch's functions: shapes, gradients, what is taken as scratch."""
+"""cuFFT, cuSOLVER, cuSPARSE, part of cuDNN under PyTorch's functions: shapes, gradients, what is taken as scratch."""
 
 from __future__ import annotations
 
