@@ -1,8 +1,8 @@
-"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER`.
+"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER …`.
 
 The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of
-this project; those of bench/dryrun_strangers.py come inside packages. Each is a dry run of three optimizer steps. Nothing is compared with a
-GPU here.
+this project; nobody here wrote those of bench/dryrun_strangers.py, which come inside packages. Each is a dry run of
+three optimizer steps. Nothing is compared with a GPU here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from bigvivit.units import format_bytes
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
 STEPS, MINUTES = 3, 8
-OURS = "ours"
 PLACES = {
     "accelerate_launch": (
         "accelerate_loop.py under accelerate launch", 2,
@@ -72,8 +71,8 @@ class Arguments:
 class Program:
     """What is dry-run."""
 
-    written_by: str
-    """`ours`, as a library's documentation shows it, or the package that it comes in."""
+    package: str | None
+    """That it comes in; None where we wrote it as a library's documentation shows it."""
     started_by: str
     gpus: int
     command: tuple[str, ...]
@@ -82,9 +81,9 @@ class Program:
 
 def list_programs() -> dict[str, Program]:
     """By name."""
-    programs = {path.stem: Program(OURS, "python", 1, ("python", path.name)) for path in PROGRAMS.glob("*.py")}
+    programs = {path.stem: Program(None, "python", 1, ("python", path.name)) for path in PROGRAMS.glob("*.py")}
     programs = {name: programs[name] for name in sorted(programs) if name != "tokenizer"}
-    programs |= {name: Program(OURS, *place) for name, place in PLACES.items()}
+    programs |= {name: Program(None, *place) for name, place in PLACES.items()}
     for name, stranger in STRANGERS.items():
         words = tuple(shlex.split(stranger.command))
         programs[name] = Program(
@@ -120,10 +119,8 @@ def main(arguments: Arguments) -> None:
         command = place(program.command)
         request = Request(command=command, gpu=arguments.gpu, gpus=program.gpus, steps=STEPS, minutes=MINUTES)
         row = run_program(name, request, program.prepare)
-        whose = (
-            program.written_by if program.written_by == OURS else f"{program.written_by} {version(program.written_by)}"
-        )
-        row |= {"written_by": whose, "started_by": program.started_by, "gpus": program.gpus, "commit": read_commit()}
+        package = program.package and f"{program.package} {version(program.package)}"
+        row |= {"package": package, "started_by": program.started_by, "gpus": program.gpus, "commit": read_commit()}
         rows.append(row)
         with partial.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
@@ -177,17 +174,12 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
 
 def docs_table(rows: list[dict[str, Any]]) -> str:
     """The table of docs/dryrun.md."""
-    names = ["program", "written by", "started by", "GPUs", "peak allocated", "peak reserved", "seconds", ""]
-    lines = [f"| {' | '.join(names)}|", "| --- " * len(names) + "|"]
-    for row in sorted(rows, key=lambda row: (row["written_by"] == OURS, str(row["program"]))):
+    names = ["program", "written by", "started by", "GPUs", "peak allocated", "peak reserved", "seconds"]
+    lines = [f"| {' | '.join(names)} | |", "| --- " * 8 + "|"]
+    for row in sorted(rows, key=lambda row: (row.get("package") is None, str(row["program"]))):
         sizes = [format_bytes(row[f"peak_{name}_bytes"]) for name in ("allocated", "reserved")]
-        cells = [
-            row["program"],
-            row["written_by"],
-            row["started_by"],
-            str(row["gpus"]),
-            *(sizes if row["verdict"] == "fits" else "--"),
-        ]
+        cells = [row["program"], row.get("package") or "ours", row["started_by"], str(row["gpus"])]
+        cells += sizes if row["verdict"] == "fits" else "--"
         cells += [f"{row['seconds']:.0f}", row["failure"] or row["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

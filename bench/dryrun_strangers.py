@@ -134,8 +134,8 @@ STRANGERS = {
     **{
         f"zoo_{algorithm}": Stranger(package="rl_zoo3", command=f"{ZOO} --algo {algorithm} --env {game}")
         for algorithm, game in {
-            "ppo": "CartPole-v1", "dqn": "CartPole-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1", "tqc": "Pendulum-v1",
-            "trpo": "CartPole-v1",
+            "ppo": "CartPole-v1", "dqn": "CartPole-v1", "trpo": "CartPole-v1",
+            "sac": "Pendulum-v1", "td3": "Pendulum-v1", "tqc": "Pendulum-v1",
         }.items()
     },
     "chemprop": Stranger(
