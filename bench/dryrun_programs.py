@@ -1,22 +1,27 @@
-"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER`.
+"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER …`.
 
 The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of
-this project; others come with their packages. Each is a dry run of three optimizer steps. Nothing is compared with a
-GPU here.
+this project; nobody here wrote those of bench/dryrun_strangers.py, which come inside packages. Each is a dry run of
+three optimizer steps. Nothing is compared with a GPU here.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
+from bench.dryrun_strangers import STRANGERS, nothing
 from bigvivit.forecast.dryrun.expandable import has_newer_order
 from bigvivit.forecast.dryrun.launch import NO_ANSWER, Outcome, Request, dry_run, scratch_folder
 from bigvivit.forecast.replay import compare
@@ -26,12 +31,7 @@ from bigvivit.units import format_bytes
 
 PROGRAMS = Path(__file__).parent / "dryrun_programs"
 STEPS, MINUTES = 3, 8
-CLIP = (
-    *("python", "-m", "open_clip_train.main", "--dataset-type", "synthetic", "--train-num-samples", "256"),
-    *("--batch-size", "16", "--model", "ViT-B-32", "--workers", "0", "--epochs", "1", "--precision", "amp_bf16"),
-)
 PLACES = {
-    "open_clip": ("pip, open_clip_torch 3: its own trainer", 1, CLIP),
     "accelerate_launch": (
         "accelerate_loop.py under accelerate launch", 2,
         ("accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision",
@@ -57,8 +57,8 @@ class Arguments:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Programs; all where none is given."""
-    packages: Path | None = None
-    """Folder of `pip install --target` with what only these programs need."""
+    packages: tuple[Path, ...] = ()
+    """Folders of `pip install --target` with what only these programs need."""
     gpu: str = "A100 80GB"
     """GPU of the hardware table."""
     resume: bool = False
@@ -67,22 +67,44 @@ class Arguments:
     """Folder of reports."""
 
 
-def list_programs() -> dict[str, tuple[str, int, tuple[str, ...]]]:
-    """By name: started by what, GPUs, command."""
-    own = sorted(path.stem for path in PROGRAMS.glob("*.py") if path.stem != "tokenizer")
-    plain: dict[str, tuple[str, int, tuple[str, ...]]] = {name: ("python", 1, ("python", f"{name}.py")) for name in own}
-    return plain | PLACES
+@dataclass(frozen=True)
+class Program:
+    """What is dry-run."""
+
+    package: str | None
+    """That it comes in; None where we wrote it as a library's documentation shows it."""
+    started_by: str
+    gpus: int
+    command: tuple[str, ...]
+    prepare: Callable[[], None] = nothing
+
+
+def list_programs() -> dict[str, Program]:
+    """By name."""
+    programs = {path.stem: Program(None, "python", 1, ("python", path.name)) for path in PROGRAMS.glob("*.py")}
+    programs = {name: programs[name] for name in sorted(programs) if name != "tokenizer"}
+    programs |= {name: Program(None, *place) for name, place in PLACES.items()}
+    for name, stranger in STRANGERS.items():
+        words = tuple(shlex.split(stranger.command))
+        programs[name] = Program(
+            stranger.package, " ".join(words[:3] if words[0] == "python" else words[:2]), 1, words, stranger.prepare
+        )
+    return programs
+
+
+def add_packages(folders: tuple[Path, ...]) -> None:
+    """For the programs, and for what prepares their data and reads their versions."""
+    for folder in (folder.resolve() for folder in reversed(folders)):
+        sys.path.append(str(folder))
+        for variable, path in (("PYTHONPATH", folder), ("PATH", folder / "bin")):
+            os.environ[variable] = os.pathsep.join(part for part in (str(path), os.environ.get(variable)) if part)
 
 
 def main(arguments: Arguments) -> None:
     """Run each, write."""
+    add_packages(arguments.packages)
     programs = list_programs()
     names = arguments.names or tuple(programs)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        str(path)
-        for path in (arguments.packages and arguments.packages.resolve(), os.environ.get("PYTHONPATH"))
-        if path
-    )
     rows: list[dict[str, Any]] = []
     partial = arguments.results / "dryrun_programs.partial.jsonl"
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -93,11 +115,13 @@ def main(arguments: Arguments) -> None:
     for name in names:
         if name in [row["program"] for row in rows]:
             continue
-        how, gpus, command = programs[name]
-        row = run_program(
-            name, Request(command=place(command), gpu=arguments.gpu, gpus=gpus, steps=STEPS, minutes=MINUTES)
-        )
-        rows.append({**row, "started_by": how, "gpus": gpus, "commit": read_commit()})
+        program = programs[name]
+        command = place(program.command)
+        request = Request(command=command, gpu=arguments.gpu, gpus=program.gpus, steps=STEPS, minutes=MINUTES)
+        row = run_program(name, request, program.prepare)
+        package = program.package and f"{program.package} {version(program.package)}"
+        row |= {"package": package, "started_by": program.started_by, "gpus": program.gpus, "commit": read_commit()}
+        rows.append(row)
         with partial.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{name}: {rows[-1]['failure'] or rows[-1]['verdict']}, {rows[-1]['seconds']:.0f} s", flush=True)
@@ -112,12 +136,13 @@ def place(command: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(PROGRAMS / word) if (PROGRAMS / word).is_file() else word for word in command)
 
 
-def run_program(name: str, request: Request) -> dict[str, Any]:
+def run_program(name: str, request: Request, prepare: Callable[[], None]) -> dict[str, Any]:
     """One row."""
     with scratch_folder() as folder, tempfile.TemporaryDirectory() as there:
         before = Path.cwd()
         os.chdir(there)
         try:
+            prepare()
             outcome = dry_run(request, folder)
         finally:
             os.chdir(before)
@@ -149,10 +174,12 @@ def describe(name: str, outcome: Outcome) -> dict[str, Any]:
 
 def docs_table(rows: list[dict[str, Any]]) -> str:
     """The table of docs/dryrun.md."""
-    lines = ["| program | started by | GPUs | peak allocated | peak reserved | seconds | |", "| --- " * 7 + "|"]
-    for row in sorted(rows, key=lambda row: str(row["program"])):
+    names = ["program", "written by", "started by", "GPUs", "peak allocated", "peak reserved", "seconds"]
+    lines = [f"| {' | '.join(names)} | |", "| --- " * 8 + "|"]
+    for row in sorted(rows, key=lambda row: (row.get("package") is None, str(row["program"]))):
         sizes = [format_bytes(row[f"peak_{name}_bytes"]) for name in ("allocated", "reserved")]
-        cells = [row["program"], row["started_by"], str(row["gpus"]), *(sizes if row["verdict"] == "fits" else "--")]
+        cells = [row["program"], row.get("package") or "ours", row["started_by"], str(row["gpus"])]
+        cells += sizes if row["verdict"] == "fits" else "--"
         cells += [f"{row['seconds']:.0f}", row["failure"] or row["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -114,6 +114,12 @@ def read_values() -> dict[str, Any]:
         "nonzero of a known mask": (ids == 1).nonzero().shape[0],
         "nonzero of an unknown one": (torch.randn(10, device=device) > 0).nonzero().shape[0],
         "sum of integers": ids.sum().item(),
+        "concatenated": torch.cat([torch.arange(2 * i, 2 * i + 2).to(device) for i in range(4)]).tolist(),
+        "size by an index": torch.zeros(ids.max().int() + 1).shape[0],
+        "cast and cast back": ids.int().long().tolist(),
+        "mask on the host": (torch.randn(2, 3, device=device) > 0).int().bool().tolist(),
+        "NaN taken": weight[torch.isnan(weight)].shape[0],
+        "distribution": torch.distributions.Normal(loss.view(1), loss.exp().view(1)).batch_shape[0],
         "scale": scaler.get_scale(),
     }
 

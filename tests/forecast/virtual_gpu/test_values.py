@@ -37,6 +37,18 @@ def test_conditions_on_known_values_are_computed(values: dict[str, Any]) -> None
     assert (values["nonzero of a known mask"], values["sum of integers"]) == (3, 15)
 
 
+def test_what_programs_of_others_decide_by_is_known(values: dict[str, Any]) -> None:
+    """Batches joined (accelerate), the size of a graph's batch (chemprop)."""
+    assert values["concatenated"] == list(range(8))
+    assert values["size by an index"] == 8
+    assert values["cast and cast back"] == [[5, 1, 0], [7, 1, 1]]
+
+
+def test_arguments_of_a_distribution_are_valid(values: dict[str, Any]) -> None:
+    """One sample at a time, as agents act: `all` of one element launches no kernel of its own (stable-baselines3)."""
+    assert (values["NaN taken"], values["distribution"]) == (0, 1)
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_generation_ends_at_its_length(card: Callable[[str], Any], finished: bool) -> None:
     """A condition that decides alone does so beside one that no kernel computed."""
@@ -45,6 +57,7 @@ def test_generation_ends_at_its_length(card: Callable[[str], Any], finished: boo
 
 def test_an_unknown_mask_takes_all(values: dict[str, Any]) -> None:
     assert values["nonzero of an unknown one"] == 10
+    assert values["mask on the host"] == [[True] * 3] * 2  # which generated tokens count (GRPO)
 
 
 def test_memory_that_is_handed_out_anew_is_not_known(card: Callable[[str], Any]) -> None:

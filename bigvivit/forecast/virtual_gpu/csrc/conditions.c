@@ -1,9 +1,9 @@
 /* Conditions and counts over known values are computed: whether a mask pads decides which kernel runs, sizes which
  * object arrives.
  *
- * Understood by name: (in)equality of integers and booleans with a number, order of two tensors of 64-bit integers, casts
- * to boolean, not, and, or, whether all or any of a whole tensor holds, additions, sums and maxima of 64-bit integers;
- * operands in one piece, and known whole (values.c). What is not understood is unknown.
+ * Understood by name: (in)equality of integers and booleans with a number, and of a tensor with itself, order of two
+ * tensors of 64-bit integers, casts to boolean, not, and, or, whether all or any of a whole tensor holds, additions, sums
+ * and maxima of 64-bit integers; operands in one piece, and known whole (values.c). What is not understood is unknown.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
@@ -22,12 +22,16 @@ int goes_over_whole_tensors(const char *name) {
 enum kernel_kind kind_of_condition(const char *name) {
     int elementwise = goes_over_whole_tensors(name);
     if (elementwise && contains(name, "CompareEqFunctorI") && contains(name, "UnaryFunctorI")) return COMPARES;
+    if (elementwise && contains(name, "BinaryFunctorI") && contains(name, "CompareEqFunctorI")) return COMPARES_TENSORS;
     if (elementwise && contains(name, "14CompareFunctorIlE")) return ORDERS;
     if (elementwise && contains(name, "CUDAFunctorOnSelf_addIlE")) return ADDS_NUMBER;
+    if (elementwise && contains(name, "CUDAFunctorOnSelf_addIiE")) return ADDS_SHORT_NUMBER;
     if (elementwise && contains(name, "CUDAFunctor_addIlE")) return ADDS;
     if (contains(name, "unrolled_elementwise_kernel") && contains(name, "direct_copy_kernel_cuda") &&
-        contains(name, "EUlbE_") && contains(name, "LoadWithCast"))
-        return CASTS_TO_BOOLEAN;
+        contains(name, "LoadWithCast")) {
+        if (contains(name, "EUlbE_")) return CASTS_TO_BOOLEAN;
+        if (contains(name, "EUliE_") || contains(name, "EUllE_")) return CASTS_TO_INTEGER;
+    }
     if (elementwise && contains(name, "_not_kernel_cuda") && contains(name, "EUlbE_")) return NEGATES;
     if (elementwise && contains(name, "BitwiseAndFunctorIbE")) return BOTH;
     if (elementwise && contains(name, "BitwiseOrFunctorIbE")) return EITHER;
@@ -73,6 +77,16 @@ static void compare(const char *name, void **arguments) {
     free(input);
 }
 
+/* (count, {int operator}, {output, two inputs}): a tensor equals itself where it holds no NaN, and in a healthy run it
+ * holds none. */
+static void compare_tensors(void **arguments) {
+    size_t count = (size_t)*(int *)arguments[0];
+    const uint64_t *pointers = arguments[2];
+    char *result = pointers[1] == pointers[2] && count <= LARGEST_VALUES ? malloc(count) : NULL;
+    if (result) memset(result, *(int *)arguments[1] == 0, count);
+    put(pointers[0], result, count);
+}
+
 /* (count, {int operator}, {output, two inputs}) */
 static void order(void **arguments) {
     enum { NOT_LESS, GREATER, NOT_GREATER, LESS };
@@ -106,28 +120,47 @@ static void add(enum kernel_kind kind, void **arguments) {
     free(second);
 }
 
+/* (count, {number, factor}, {output, input}), of 32 bits */
+static void add_short(void **arguments) {
+    size_t count = (size_t)*(int *)arguments[0];
+    const uint64_t *pointers = arguments[2];
+    const int32_t *functor = arguments[1];
+    char *values = known_whole(pointers[1], 4 * count);
+    for (size_t i = 0; values && i < count; i++) ((int32_t *)values)[i] += functor[0] * functor[1];
+    put(pointers[0], values, 4 * count);
+}
+
+/* A whole tensor of integers or booleans as 64-bit integers, or NULL. */
+static int64_t *known_integers(uint64_t address, int type, size_t count) {
+    static const size_t sizes[BOOLEAN + 1] = {[BYTE] = 1, [CHAR] = 1, [SHORT] = 2, [INT] = 4, [LONG] = 8, [BOOLEAN] = 1};
+    size_t size = type >= BYTE && type <= BOOLEAN ? sizes[type] : 0;
+    char *bytes = size ? known_whole(address, count * size) : NULL;
+    int64_t *integers = bytes ? malloc(count * sizeof *integers) : NULL;
+    for (size_t i = 0; integers && i < count; i++) {
+        if (size == 8) integers[i] = ((int64_t *)bytes)[i];
+        else if (size == 4) integers[i] = ((int32_t *)bytes)[i];
+        else if (size == 2) integers[i] = ((int16_t *)bytes)[i];
+        else integers[i] = type == CHAR ? (signed char)bytes[i] : (unsigned char)bytes[i];
+    }
+    free(bytes);
+    return integers;
+}
+
 /* (count, function, {output, input}, offsets, offsets, {input's type, its size}, {output's type, its size}) */
 static void cast(void **arguments) {
-    static const size_t sizes[] = {[BYTE] = 1, [CHAR] = 1, [SHORT] = 2, [INT] = 4, [LONG] = 8};
     size_t count = (size_t)*(int *)arguments[0];
     const uint64_t *pointers = arguments[2];
     signed char from = *(signed char *)arguments[5], to = *(signed char *)arguments[6];
-    size_t size = from >= BYTE && from <= LONG && to == BOOLEAN ? sizes[from] : 0;
-    char *input = size ? known_whole(pointers[1], count * size) : NULL, *result = input ? malloc(count) : NULL;
-    static const char zero[8];
-    for (size_t i = 0; result && i < count; i++) result[i] = memcmp(input + i * size, zero, size) != 0;
-    put(pointers[0], result, count);
+    size_t size = to == LONG ? 8 : to == INT ? 4 : 1;
+    int64_t *input = to == LONG || to == INT || to == BOOLEAN ? known_integers(pointers[1], from, count) : NULL;
+    char *result = input ? malloc(count * size) : NULL;
+    for (size_t i = 0; result && i < count; i++) {
+        if (to == LONG) ((int64_t *)result)[i] = input[i];
+        else if (to == INT) ((int32_t *)result)[i] = (int32_t)input[i];
+        else result[i] = input[i] != 0;
+    }
+    put(pointers[0], result, count * size);
     free(input);
-}
-
-/* A whole tensor of 64-bit integers or booleans as integers, or NULL. */
-static int64_t *known_integers(uint64_t address, int type, size_t count) {
-    size_t size = type == LONG ? 8 : type == BOOLEAN ? 1 : 0;
-    char *bytes = size ? known_whole(address, count * size) : NULL;
-    int64_t *integers = bytes ? malloc(count * sizeof *integers) : NULL;
-    for (size_t i = 0; integers && i < count; i++) integers[i] = size == 8 ? ((int64_t *)bytes)[i] : bytes[i];
-    free(bytes);
-    return integers;
 }
 
 /* (count, function, {output, two inputs}, offsets, offsets, {inputs' types}, {output's type}): the bitwise and of integers
@@ -195,10 +228,12 @@ static void reduce(enum kernel_kind kind, void **arguments) {
 
 void compute_condition(enum kernel_kind kind, const char *name, void **arguments) {
     if (kind == COMPARES) compare(name, arguments);
+    else if (kind == COMPARES_TENSORS) compare_tensors(arguments);
     else if (kind == ORDERS) order(arguments);
     else if (kind == ADDS || kind == ADDS_NUMBER) add(kind, arguments);
     else if (kind == MASKS) mask(arguments);
-    else if (kind == CASTS_TO_BOOLEAN) cast(arguments);
+    else if (kind == CASTS_TO_BOOLEAN || kind == CASTS_TO_INTEGER) cast(arguments);
+    else if (kind == ADDS_SHORT_NUMBER) add_short(arguments);
     else if (kind == ALL || kind == ANY || kind == ADDS_UP || kind == FINDS_MOST) reduce(kind, arguments);
     else combine(kind, arguments);
 }

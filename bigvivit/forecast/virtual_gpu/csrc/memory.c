@@ -374,7 +374,7 @@ static int on_device(const void *pointer) {
 static void copy(void *to, const void *from, size_t size) {
     if (!size) return;
     int to_device = on_device(to), from_device = on_device(from);
-    if (to_device && from_device) copy_values((uint64_t)to, (uint64_t)from, size);
+    if (to_device && from_device) copy_values((uint64_t)to, (uint64_t)from, size), note_copy(size);
     else if (to_device) set_values((uint64_t)to, from, size);
     else if (!from_device) memmove(to, from, size);
     else if (!get_values((uint64_t)from, to, size)) read_result(to, size);

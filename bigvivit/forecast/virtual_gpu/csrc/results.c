@@ -5,6 +5,9 @@
  * - Joining conditions (`all`, a logical or bitwise and, a product of booleans, which is how `isfinite` ends): where
  *   they are not known (conditions.c), a single boolean that is read back next is true. All others are false. So `torch.isfinite(loss).all()` is true,
  *   `torch.isnan(loss).any()` and `loss < threshold` are false: a healthy run goes on.
+ * - A single byte copied on the device, unknown, is what `all` and `any` make of one element: a joined condition too.
+ * - A mask that is not known and was cast to boolean right before it is copied to the host takes all elements, as a mask
+ *   does on the device.
  * - Counting for `nonzero` (and indexing by a mask): exact for a mask that came from the host; for any other, all
  *   elements are taken, which is the most that it can be.
  * - Keeping one of equal keys, as sparse tensors do when they are coalesced: all are taken to differ.
@@ -35,7 +38,8 @@ enum kernel_kind kind_of_kernel(const char *name) {
     enum kernel_kind condition = kind_of_condition(name);
     if (condition != OTHER) return condition;
     if (goes_over_whole_tensors(name) && size_of_scalar(scalar_behind(name, "FillFunctorI"))) return FILLS;
-    if (strstr(name, "CatArrayBatchedCopy") && strstr(name, "contig") && strstr(name, "EEjLi1ELi128ELi1E"))
+    if (strstr(name, "CatArrayBatchedCopy") && (strstr(name, "contig") || strstr(name, "vectorized")) &&
+        strstr(name, "EEjLi1ELi128ELi1E"))
         return CONCATENATES;
     if (strstr(name, "and_kernel_cuda") || strstr(name, "logical_and_kernel") || strstr(name, "MulFunctorIb"))
         return JOINS;
@@ -95,7 +99,12 @@ void note_kernel(enum kernel_kind kind, const char *name, void **arguments, unsi
     if (kind == KEEPS_ONE_OF_EQUALS) counted = *(int *)arguments[7]; /* behind four iterators, the result, state, functor */
 }
 
+void note_copy(size_t size) {
+    if (size == 1 && last == OTHER) last = JOINS;
+}
+
 void read_result(void *to, size_t size) {
     if ((last == JOINS || last == BOTH || last == ALL) && size == 1) *(char *)to = 1;
+    if (last == CASTS_TO_BOOLEAN && size > 1) memset(to, 1, size);
     if ((last == COUNTS || last == KEEPS_ONE_OF_EQUALS) && size == sizeof counted) memcpy(to, &counted, size);
 }

@@ -109,10 +109,12 @@ int launch(const void *function, void **arguments, unsigned rows, void *stream);
 /* results.c */
 enum kernel_kind {
     NOT_YET_KNOWN, OTHER, FILLS, CONCATENATES, JOINS, COUNTS, SUMS_UP, KEEPS_ONE_OF_EQUALS,
-    COMPARES, ORDERS, ADDS, ADDS_NUMBER, CASTS_TO_BOOLEAN, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, FINDS_MOST, MASKS, /* conditions.c */
+    COMPARES, COMPARES_TENSORS, ORDERS, ADDS, ADDS_NUMBER, ADDS_SHORT_NUMBER, CASTS_TO_BOOLEAN,
+    CASTS_TO_INTEGER, NEGATES, BOTH, EITHER, ALL, ANY, ADDS_UP, FINDS_MOST, MASKS, /* conditions.c */
 };
 enum kernel_kind kind_of_kernel(const char *mangled);
 void note_kernel(enum kernel_kind kind, const char *mangled, void **arguments, unsigned rows);
+void note_copy(size_t size); /* on the device, in this thread */
 void read_result(void *to, size_t size); /* changes what is read back by the kernel launched last in this thread */
 
 
