@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -73,7 +72,7 @@ def boxes(line: str) -> Callable[[], None]:
             for number in range(96):
                 Path(f"data/labels/{split}/{number}.txt").write_text(line)
         places = {"path": str(Path("data").resolve()), "train": "images/train", "val": "images/val"}
-        Path("data.yaml").write_text(yaml.safe_dump({**places, "names": {0: "cat", 1: "dog"}}))
+        Path("data.yaml").write_text(json.dumps({**places, "names": {0: "cat", 1: "dog"}}))
 
     return prepare
 
@@ -126,6 +125,11 @@ STRANGERS = {
         command=f"yolo detect train model=yolo11n.yaml data=data.yaml {YOLO} batch=32",
         prepare=boxes("0 0.5 0.5 0.3 0.3\n1 0.3 0.4 0.2 0.2\n"),
     ),
+    "yolo_segment": Stranger(
+        package="ultralytics",
+        command=f"yolo segment train model=yolo11n-seg.yaml data=data.yaml {YOLO} batch=16",
+        prepare=boxes("0 0.2 0.2 0.6 0.2 0.6 0.6 0.2 0.6\n"),
+    ),
     "rtdetr": Stranger(
         package="ultralytics",
         command=f"yolo detect train model=rtdetr-resnet50.yaml data=data.yaml {YOLO} batch=8 nbs=8",
@@ -154,11 +158,6 @@ STRANGERS = {
     "lightweight_gan": Stranger(
         package="lightweight-gan",
         command="lightweight_gan --data data --image-size 64 --num-train-steps 10",
-        prepare=lambda: write_images("data", 128),
-    ),
-    "lightly_train": Stranger(
-        package="lightly-train",
-        command="lightly-train train out=out data=data model=torchvision/resnet18 epochs=2 batch_size=32 num_workers=0",
         prepare=lambda: write_images("data", 128),
     ),
 }  # fmt: skip

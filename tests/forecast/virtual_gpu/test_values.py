@@ -60,5 +60,9 @@ def test_an_unknown_mask_takes_all(values: dict[str, Any]) -> None:
     assert values["mask on the host"] == [[True] * 3] * 2  # which generated tokens count (GRPO)
 
 
+def test_elements_that_are_not_known_are_distinct(values: dict[str, Any]) -> None:
+    assert (values["distinct"], values["counted most"]) == ([10, 10], 1)
+
+
 def test_memory_that_is_handed_out_anew_is_not_known(card: Callable[[str], Any]) -> None:
     assert card("A100 80GB").call(programs.reuse_memory) == 0.0

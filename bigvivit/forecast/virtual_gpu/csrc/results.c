@@ -11,6 +11,7 @@
  * - Counting for `nonzero` (and indexing by a mask): exact for a mask that came from the host; for any other, all
  *   elements are taken, which is the most that it can be.
  * - Keeping one of equal keys, as sparse tensors do when they are coalesced: all are taken to differ.
+ * - Distinct values, for `unique`: each element is taken to be one, found once.
  */
 #include "virtual_gpu.h"
 #include <stdlib.h>
@@ -46,6 +47,8 @@ enum kernel_kind kind_of_kernel(const char *name) {
     if (strstr(name, "DeviceReduce") && strstr(name, "NonZeroOpI")) return COUNTS;
     if (strstr(name, "DeviceReduceSingleTileKernel")) return SUMS_UP;
     if (strstr(name, "DeviceUniqueByKeySweepKernel")) return KEEPS_ONE_OF_EQUALS;
+    if (strstr(name, "DeviceSelectSweepKernel") && strstr(name, "equal_to")) return KEEPS_DISTINCT;
+    if (strstr(name, "DeviceReduceByKeyKernel") && strstr(name, "3rle6encode")) return COUNTS_DISTINCT;
     return OTHER;
 }
 
@@ -89,12 +92,25 @@ static int count_nonzero(const char *name, void **arguments) {
     return found;
 }
 
+/* DeviceSelectSweepKernel(input, flags, output, number, tiles, function, function, int count, ...) and, for run lengths,
+ * DeviceReduceByKeyKernel(input, output, values, lengths, number, tiles, int, function, function, int count) */
+static void take_as_distinct(enum kernel_kind kind, void **arguments) {
+    int64_t count = *(int *)arguments[kind == COUNTS_DISTINCT ? 9 : 7];
+    set_values(*(uint64_t *)arguments[kind == COUNTS_DISTINCT ? 4 : 3], &count, sizeof count);
+    size_t size = (size_t)count * sizeof count;
+    int64_t *ones = kind == COUNTS_DISTINCT && size <= LARGEST_VALUES ? malloc(size) : NULL;
+    for (int64_t i = 0; ones && i < count; i++) ones[i] = 1;
+    if (ones) set_values(*(uint64_t *)arguments[3], ones, size);
+    free(ones);
+}
+
 void note_kernel(enum kernel_kind kind, const char *name, void **arguments, unsigned rows) {
     if (kind == SUMS_UP && last == COUNTS) return; /* the second half of counting */
     last = kind;
     if (kind >= COMPARES) compute_condition(kind, name, arguments);
     if (kind == FILLS) fill(name, arguments);
     if (kind == CONCATENATES) concatenate(name, arguments, rows);
+    if (kind == KEEPS_DISTINCT || kind == COUNTS_DISTINCT) take_as_distinct(kind, arguments);
     if (kind == COUNTS) counted = count_nonzero(name, arguments);
     if (kind == KEEPS_ONE_OF_EQUALS) counted = *(int *)arguments[7]; /* behind four iterators, the result, state, functor */
 }
