@@ -115,7 +115,7 @@ for loop in (plain, two_optimizers, groups_of_one_step, lbfgs, within_backward, 
 
 
 def test_every_kind_of_loop_ends_after_its_steps(tmp_path: Path) -> None:
-    settings = json.dumps({"folder": str(tmp_path), "steps": 3, "snapshot": False})
+    settings = json.dumps({"folder": str(tmp_path), "steps": 3, "snapshot": False, "skip_init": False})
     environment = {**os.environ, "BIGVIVIT_DRYRUN": settings, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LOOPS], check=False, capture_output=True, text=True, env=environment, timeout=120
