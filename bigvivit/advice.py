@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from bigvivit.config import ConfigError
+from bigvivit.forecast.accelerators import Accelerator
 from bigvivit.forecast.advisor import Changes, Forecast, Lever, Suggestion, advise
 from bigvivit.memory.plan import CHUNK
 from bigvivit.trial import Trial, trace_trial
@@ -252,15 +253,24 @@ def explain(trial: Trial, room: Room) -> Iterator[str]:
 
 def confirm(trial: Trial, room: Room) -> Forecast:
     """What a trace says, which is quick; where that fits a card, what a virtual GPU says, if there can be one."""
-    from bigvivit.plan import find_hardware
     from bigvivit.trial_virtual import VirtualVerdict, try_virtual_gpu
 
     traced = fit(trial, room)[0]
-    assert room.hardware is not None
-    found = try_virtual_gpu(trial, find_hardware(room.hardware)) if traced.fits else ""
+    found = try_virtual_gpu(trial, find_card(room)) if traced.fits else ""
     if isinstance(found, VirtualVerdict):
         return Forecast(found.expected.allocated_bytes, found.fits[0], "virtual")
     return traced
+
+
+def find_card(room: Room) -> Accelerator:
+    """The card that a room is of, as `bigvivit plan` knows it; one of its bytes alone where none is named."""
+    from bigvivit.calibrate.calibration import choose
+    from bigvivit.forecast.hardware import accelerator_by_hand
+    from bigvivit.plan import find_hardware
+
+    if room.hardware is None:
+        return accelerator_by_hand(room.room_bytes)
+    return choose(find_hardware(room.hardware), room.calibration)
 
 
 def fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
@@ -278,22 +288,14 @@ def trace_and_fit(trial: Trial, room: Room) -> tuple[Forecast, list[str]]:
     """`fit` in this process."""
     from importlib.metadata import version
 
-    from bigvivit.calibrate.calibration import choose
     from bigvivit.forecast.alloc_conf import AllocatorSettings
     from bigvivit.forecast.allocator import Allocator
     from bigvivit.forecast.card import allocator_events, judge
     from bigvivit.forecast.composition import describe_peak
-    from bigvivit.forecast.hardware import accelerator_by_hand
     from bigvivit.forecast.segments import oldest_segment_first
     from bigvivit.forecast.simulate import simulate
-    from bigvivit.plan import find_hardware
 
-    steps, card = STEPS if trial.ds is None else ZERO_STEPS, None
-    if room.cuda:
-        if room.hardware is None:
-            card = accelerator_by_hand(room.room_bytes)
-        else:
-            card = choose(find_hardware(room.hardware), room.calibration)
+    steps, card = STEPS if trial.ds is None else ZERO_STEPS, find_card(room) if room.cuda else None
     trace = trace_trial(trial, free_bytes=room.room_bytes, host=room.cuda, card=card, steps=steps)
     peak, composition = max(trace.peak_bytes(), trace.building_peak_bytes()), list(describe_peak(trace))
     if card is not None and room.hardware is not None:

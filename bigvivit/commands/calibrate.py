@@ -108,9 +108,10 @@ def find_virtual(identity: dict[str, Any], rows: list[Row]) -> tuple[dict[str, s
     if not any("virtual" in row.jobs for row in rows):
         return {}, []
     from bigvivit.forecast.virtual_gpu import environment
+    from bigvivit.forecast.virtual_gpu.session import every_gpu
 
     try:
-        return environment(identity["card"]), []
+        return {**environment(identity["card"]), **every_gpu(1)}, []
     except ConfigError as error:
         for row in rows:
             row.jobs.pop("virtual", None)

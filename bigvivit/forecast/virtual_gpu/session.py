@@ -59,6 +59,11 @@ def environment(
     }
 
 
+def every_gpu(gpus: int) -> dict[str, str]:
+    """The variable that shows a process all virtual GPUs of its node, where its parent's chooses among real ones."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+
+
 def check_architecture(gpu: str, library: Library) -> None:
     """Code runs on its own compute capability and later ones of the same first digit. Raises ConfigError where PyTorch
     has none for a card: a real one would not run it either."""
@@ -169,9 +174,10 @@ def virtual_gpu(
 ) -> Iterator[Child]:
     """A child process on virtual GPUs for the length of a block: `with virtual_gpu("A100 80GB") as gpu: gpu.call(f)`.
 
-    Arguments and errors are those of `environment`.
+    Arguments and errors are those of `environment`. The child sees all of them, whichever real GPUs this process may.
     """
-    child = Child(environment(gpu, gpus=gpus, memory_bytes=memory_bytes, context_bytes=context_bytes))
+    env = environment(gpu, gpus=gpus, memory_bytes=memory_bytes, context_bytes=context_bytes)
+    child = Child({**env, **every_gpu(gpus)})
     try:
         yield child
     finally:

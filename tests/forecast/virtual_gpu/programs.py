@@ -319,6 +319,12 @@ def offload_to_pinned_memory() -> tuple[int, float, int]:
     return resident().rss - before, float(host[:: 2**12].sum()), locked_bytes()
 
 
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def shard_alone(rank: int, world: int) -> tuple[int, int]:
     """(bytes that one rank of `world` keeps of a sharded layer, those of the layer)."""
     import torch

@@ -26,6 +26,14 @@ def test_results_and_errors_come_back(capfd: pytest.CaptureFixture[str]) -> None
         assert gpu.call(programs.says, "goes on") == "GOES ON"
 
 
+@pytest.mark.parametrize("chosen", ["3", ""])
+def test_which_real_gpus_are_chosen_does_not_matter(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    """As on a cluster, whose scheduler sets the variable, or where somebody hides them all."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    with virtual_gpu("T4", gpus=2) as gpu:
+        assert gpu.call(programs.count_gpus) == 2
+
+
 def test_what_cannot_be_sent_is_said() -> None:
     with virtual_gpu("T4") as gpu, pytest.raises(ConfigError, match="defined at the top of an importable module"):
         gpu.call(lambda: 0)
