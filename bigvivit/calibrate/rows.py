@@ -141,6 +141,7 @@ def list_trials(towers: tuple[str, ...], compute: str) -> Iterator[tuple[str, st
 
 
 def name_of(tower: str, stage: int, frames: int, kind: str) -> str:
+    """Of a row about a step, for people and for the journal."""
     return f"{tower}, stage {stage}, {frames} frames, {kind}"
 
 
