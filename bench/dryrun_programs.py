@@ -1,4 +1,4 @@
-"""Which public ways to train run on the virtual GPU: `python bench/dryrun_programs.py [NAME …] --packages FOLDER …`.
+"""Which public ways to train run on the virtual GPU: `python -m bench.dryrun_programs [NAME …] --packages FOLDER`.
 
 The programs in bench/dryrun_programs are written as the documentation of each library shows it, and know nothing of
 this project; nobody here wrote those of bench/dryrun_strangers.py, which come inside packages. Each is a dry run of

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.stage2_memory import judge
 from bench.timing import compare, ratio, time_in_turn
+
+BENCHES = sorted((Path(__file__).resolve().parents[1] / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_a_bench_is_started_as_its_first_lines_say(path: Path) -> None:
+    """One that imports others of its folder, or tests, cannot be started by its path."""
+    text = path.read_text()
+    beside = re.search(r"^from (bench|tests)\b", text, re.MULTILINE)
+    said = re.search(r"`python (-m bench\.|bench/)", text)
+    if beside and said:
+        assert said[1] == "-m bench."
 
 
 def test_rivals_take_turns() -> None:
