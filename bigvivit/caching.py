@@ -79,7 +79,10 @@ class RunCache:
         self.vectors = clip.frames // model.tubelet, source.spec.width * (1 + model.patch_grid**2)
         self.loaders: list[FeatureLoader] = []
         with explain_no_space(root):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:  # below /proc, or a file
+                raise ConfigError(f"data.cache={root} cannot be a folder ({error.strerror}): give another") from None
             new = self.folder / f"{KEY}.{os.getpid()}"
             new.write_text(text)
             os.replace(new, self.folder / KEY)

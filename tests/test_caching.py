@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bigvivit.assemble import open_tower
 from bigvivit.caching import RunCache
-from bigvivit.config import ClipConfig, ModelConfig
+from bigvivit.config import ClipConfig, ConfigError, ModelConfig
 from bigvivit.data import loader
 from bigvivit.data.demo import MOTIONS
 from bigvivit.memory.plan import MemoryPlan
@@ -311,6 +311,22 @@ def test_vectors_belong_to_all_that_made_them(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {folder(**changes) for changes in same} == {folder()}
     assert len({folder(), *(folder(**changes) for changes in others)}) == 1 + len(others)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    clip, model = ClipConfig(frames=8), ModelConfig(tower="vit-demo", tower_init="random", tubelet=2)
+    source, plan = open_tower(model, seed=0), MemoryPlan(storage="fp32", compute="fp32")
+    with pytest.raises(ConfigError, match=r"cannot be a folder \(Not a directory\): give another"):
+        RunCache(
+            tmp_path / "file" / "x",
+            device=torch.device("cpu"),
+            source=source,
+            model=model,
+            clip=clip,
+            plan=plan,
+            seed=0,
+        )
 
 
 def test_rounded_products_are_of_another_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ class Journal:
     """The rows of one device, those of earlier runs included. Safe to be added to by several threads."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Read what is there, without a last line that was cut. Raises ConfigError where it is of another device, or
-        no journal."""
+        """Read what is there, without a last line that was cut. Raises ConfigError where it is of another device, no
+        journal, or cannot be written."""
         self.path, self.identity = path, identity
         self.rows: dict[tuple[str, Side], dict[str, Any]] = {}
         lines = read_lines(path)
@@ -30,8 +30,13 @@ class Journal:
             raise ConfigError(f"{path} was measured with {'; '.join(differ)}: give another --out, or remove it")
         for row in lines[1:]:
             self.rows[row["key"], row["side"]] = row
-        if not lines:
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a"):  # before anything is measured
+                pass
+        except OSError as error:
+            raise ConfigError(f"out={path.parent} cannot be written ({error.strerror}): give another folder") from None
+        if not lines:
             self.append(identity)
 
     def add(self, row: dict[str, Any]) -> None:

@@ -58,3 +58,9 @@ def test_a_row_that_failed_is_answered_but_not_found(tmp_path: Path) -> None:
     assert journal.found("facts: x", "device") is None
     assert ("facts: x", "device") in journal.rows
     assert journal.found("facts: 0", "device") is not None
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out=.*file.out cannot be written \(Not a directory\): give another folder"):
+        Journal(tmp_path / "file" / "out" / "rows.jsonl", IDENTITY)
