@@ -116,7 +116,7 @@ def test_what_five_packages_are_enough_for(least: Path, tmp_path: Path) -> None:
     for name in works:
         assert results[name][0] == 0, results[name]
     assert "dinov2-giant" in results["towers"][1]
-    assert ": fits (forecast)" in results["plan"][1]
+    assert ": fits (" in results["plan"][1]
     for name in refused:
         assert results[name][0] == 2
         assert f"needs {name}" in results[name][2], results[name]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bigvivit.calibrate import cells, facts, rates, times
+from bigvivit.calibrate import cells, facts, libraries, rates, times
 from bigvivit.calibrate.journal import Side
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.model.catalog import SIZES
@@ -85,6 +85,8 @@ def list_cuda(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> I
     yield Row("facts", "context", 5.0, {"device": facts.measure_context}, fresh=True)
     yield Row("facts", "workspaces", 3.0, dict.fromkeys(both, facts.measure_workspaces))
     yield Row("facts", "attention", 3.0, dict.fromkeys(both, facts.choose_kernels))
+    for kind in libraries.KINDS:
+        yield Row("facts", f"scratch, {kind}", 4.0, dict.fromkeys(both, partial(libraries.measure_library, kind)))
     bf16 = (identity["capability"] or 0) >= 80
     for tower, name, trial in list_trials(towers, "bf16" if bf16 else "fp32"):
         text, seconds = trial.to_json(), SECONDS.get(tower, 3.0)

@@ -171,7 +171,11 @@ def scratch_folder() -> Iterator[Path]:
 def dry_run(request: Request, folder: Path, *, snapshot: bool = False) -> Outcome:
     """Run the command to the end of its steps, or its own. `folder` then holds each rank's events, and the snapshot of
     rank 0 where it is wanted. Raises ConfigError where there is no such program or no virtual GPU."""
-    environment = prepare_environment(request, folder, snapshot)
+    return run_recorded(request, folder, prepare_environment(request, folder, snapshot))
+
+
+def run_recorded(request: Request, folder: Path, environment: dict[str, str]) -> Outcome:
+    """The same in any environment that has the recorder's variables, on real GPUs too."""
     words = find_program(request.command, environment)
     if request.sandbox:
         words = sandbox.wrap(words, folder)
@@ -203,16 +207,21 @@ def end_with_us() -> None:
 
 def prepare_environment(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
     """The user's, on virtual GPUs, with what the recorder must know."""
-    settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot, "skip_init": request.skip_init}
     card = request.known or find_accelerator(request.gpu)
     sizes = {"memory_bytes": card.memory_bytes, "context_bytes": context(card).expected_bytes}
     environment = {**os.environ, **virtual_gpu.environment(card.name, gpus=request.gpus, **sizes)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)  # it chooses among real ones
-    environment[VARIABLE] = json.dumps(settings)
+    environment |= recorder_variables(request, folder, snapshot)
     if request.conf is not None:
         environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         environment["PYTORCH_ALLOC_CONF"] = request.conf
     return environment
+
+
+def recorder_variables(request: Request, folder: Path, snapshot: bool) -> dict[str, str]:
+    """What the recorder in each process must know."""
+    settings = {"folder": str(folder), "steps": request.steps, "snapshot": snapshot, "skip_init": request.skip_init}
+    return {VARIABLE: json.dumps(settings)}
 
 
 def find_program(command: tuple[str, ...], environment: dict[str, str]) -> list[str]:

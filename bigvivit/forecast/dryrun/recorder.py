@@ -1,7 +1,7 @@
 """Inside each process of a dry run: what it allocates, in which phase of a step, and its end after some steps.
 
-Installed by the startup hook of the virtual GPU before the user's program. Imports no torch: it waits until the program
-does. Nothing of the program is replaced but three functions that are wrapped: `torch.autograd.backward`,
+Installed by the startup hook of the virtual GPU before the user's program; on a real GPU it counts the same
+(`bench/dryrun_truth.py`). Imports no torch: it waits until the program does. Nothing of the program is replaced but three functions that are wrapped: `torch.autograd.backward`,
 `torch.autograd.grad` and `GradScaler.update`; steps are seen by PyTorch's global hooks of optimizers.
 """
 
@@ -261,7 +261,7 @@ class Recorder:
                     "name": properties.name,
                     "total_bytes": properties.total_memory,
                     **{f"{name}_bytes": value for name, value in peaks.items()},
-                    "peak_driver_bytes": virtual_gpu.driver_bytes(device),
+                    "peak_driver_bytes": virtual_gpu.driver_bytes(device) if virtual_gpu.is_active() else None,
                     "retries": stats["num_alloc_retries"],
                     **found,
                 }
@@ -281,7 +281,7 @@ class Recorder:
             "seconds": round(time.monotonic() - self.began, 3),
             "step_seconds": [round(end - begin, 4) for begin, end in itertools.pairwise(self.step_ends)],
             "shortages": self.shortages,
-            "estimates": virtual_gpu.estimates(),
+            "estimates": virtual_gpu.estimates() if virtual_gpu.is_active() else {},
             "error": None if error is None else {"type": type(error).__name__, "text": str(error)},
             "error_is_out_of_memory": error is not None and self.is_out_of_memory(error),
             "devices": devices,

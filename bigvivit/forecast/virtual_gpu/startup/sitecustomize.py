@@ -1,4 +1,4 @@
-"""Python runs this when it starts in a process on virtual GPUs: another sitecustomize first, then our hooks."""
+"""Python runs this when it starts in a process of a dry run or on virtual GPUs: another sitecustomize first, then our hooks."""
 
 import importlib.machinery
 import importlib.util
@@ -19,16 +19,16 @@ def run_the_next() -> None:
 
 
 run_the_next()
-if "BIGVIVIT_VIRTUAL_GPU" in os.environ:
-    root = os.path.abspath(
-        os.path.join(HERE, *[os.pardir] * 4)
-    )  # our own package, wherever the program looks for others
+if "BIGVIVIT_VIRTUAL_GPU" in os.environ or "BIGVIVIT_DRYRUN" in os.environ:
+    # Our own package, wherever the program looks for others.
+    root = os.path.abspath(os.path.join(HERE, *[os.pardir] * 4))
     sys.path.insert(0, root)
-    from bigvivit.forecast.virtual_gpu import hooks
+    if "BIGVIVIT_VIRTUAL_GPU" in os.environ:
+        from bigvivit.forecast.virtual_gpu import hooks
 
+        hooks.install()
+    if "BIGVIVIT_DRYRUN" in os.environ:
+        from bigvivit.forecast.dryrun import recorder
+
+        recorder.install()
     sys.path.remove(root)
-    hooks.install()
-if "BIGVIVIT_DRYRUN" in os.environ:
-    from bigvivit.forecast.dryrun import recorder
-
-    recorder.install()
