@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,11 @@ def main(arguments: Arguments) -> None:
     names = arguments.names or tuple(programs)
     rows = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for row in pool.map(lambda name: compare_program(name, programs[name], card, arguments.keep), names):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        started = [pool.submit(compare_program, name, programs[name], card, arguments.keep) for name in names]
+        for done in as_completed(started):
+            rows.append(done.result())
+            print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: names.index(row["program"]))
     settings = {"card": card, "steps": STEPS}
     stem = write_report(arguments.results, "dryrun_truth", device=torch.device("cuda"), settings=settings, rows=rows)
     print(f"wrote {stem}.json and .md")
