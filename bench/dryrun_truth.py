@@ -1,8 +1,8 @@
-"""What a real GPU says of dry runs: `python -m bench.dryrun_truth [NAME ...] --packages FOLDER --jobs 8`.
+"""What a real GPU says of dry runs: `python -m bench.dryrun_truth record` on one, then `... compare` anywhere.
 
-Each program of `bench.dryrun_programs` that one GPU is enough for takes three optimizer steps twice: on this machine's
-GPU, and dry on a virtual card of the same name with the same PyTorch. The same recorder counts in both. A row is what
-PyTorch's allocator said at its peaks, and the first allocation in which the two differ.
+Each program of `bench.dryrun_programs` that one GPU is enough for takes three optimizer steps on this machine's GPU,
+followed by the recorder of dry runs; later it is dry-run on a virtual card of the same name with the same PyTorch. A
+row is what PyTorch's allocator said at its peaks in both, and the first request in which they differ.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from bench.dryrun_programs import MINUTES, STEPS, Program, add_packages, describe_failure, list_programs, place
+from bench.dryrun_programs import MINUTES, STEPS, add_packages, describe_failure, list_programs, place
 from bigvivit.config import ConfigError
 from bigvivit.forecast.dryrun.launch import (
     Outcome,
@@ -36,45 +37,60 @@ from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.virtual_gpu.session import STARTUP
 from bigvivit.training.report import run_bench, write_report
 
-PREPARE = "import sys; sys.path[:0] = sys.argv[3:]; from bench.dryrun_programs import *; "
+PREPARE = "import sys; sys.path[:0] = sys.argv[2:]; from bench.dryrun_programs import *; "
 PREPARE += "list_programs()[sys.argv[1]].prepare()"
 """Writes a program's data in a process of its own, in the folder that is the present one there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Hold dry runs against this machine's GPU."""
+    """Hold dry runs against a GPU."""
 
+    what: tyro.conf.Positional[Literal["record", "compare"]]
+    """`record` runs the programs on this machine's GPU; `compare` dry-runs those that were recorded."""
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Programs; where none is given, all that use one GPU."""
+    """Programs; where none is given, all that use one GPU, or all that were recorded."""
+    folder: Path = Path("dryrun_truth")
+    """Of the recordings."""
     packages: tuple[Path, ...] = ()
     """Folders of `pip install --target` with what only these programs need."""
-    jobs: int = 4
+    jobs: int = 2
     """Programs at a time: nothing of them is timed."""
-    keep: Path | None = None
-    """Folder for the recordings of both."""
     results: Path = Path(__file__).parent / "results"
     """Folder of reports."""
 
 
 def main(arguments: Arguments) -> None:
-    """Both runs of each, write."""
-    card = name_card()
+    """One half."""
     add_packages(arguments.packages)
-    programs = {name: program for name, program in list_programs().items() if program.gpus == 1}
+    programs = [name for name, program in list_programs().items() if program.gpus == 1]
     if unknown := [name for name in arguments.names if name not in programs]:
         raise ConfigError(f"names: {', '.join(unknown)} is none of {', '.join(programs)}")
-    names = arguments.names or tuple(programs)
-    rows = []
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        started = [pool.submit(compare_program, name, programs[name], card, arguments.keep) for name in names]
-        for done in as_completed(started):
-            rows.append(done.result())
-            print(json.dumps(rows[-1]), flush=True)
-    rows.sort(key=lambda row: names.index(row["program"]))
-    settings = {"card": card, "steps": STEPS}
-    stem = write_report(arguments.results, "dryrun_truth", device=torch.device("cuda"), settings=settings, rows=rows)
+    if arguments.what == "record":
+        facts = {"card": name_card(), "torch": torch.__version__}
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        (arguments.folder / "gpu.json").write_text(json.dumps(facts))
+        list(
+            each(
+                arguments.names or programs, arguments.jobs, lambda name: record(name, facts["card"], arguments.folder)
+            )
+        )
+        return
+    facts = json.loads((arguments.folder / "gpu.json").read_text())
+    recorded = [name for name in arguments.names or programs if (arguments.folder / f"{name}.json").exists()]
+    rows = list(each(recorded, arguments.jobs, lambda name: compare(name, facts["card"], arguments.folder)))
+    rows.sort(key=lambda row: recorded.index(row["program"]))
+    settings = {"steps": STEPS, **{f"measured_{name}": value for name, value in facts.items()}}
+    stem = write_report(arguments.results, "dryrun_truth", device=torch.device("cpu"), settings=settings, rows=rows)
     print(f"wrote {stem}.json and .md")
+
+
+def each(names: Any, jobs: int, work: Callable[[str], dict[str, Any]]) -> Any:
+    """Rows as they come, printed."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(work, name) for name in names]):
+            print(json.dumps(done.result()), flush=True)
+            yield done.result()
 
 
 def name_card() -> str:
@@ -86,38 +102,54 @@ def name_card() -> str:
     return find_accelerator(found).name
 
 
-def compare_program(name: str, program: Program, card: str, keep: Path | None) -> dict[str, Any]:
-    """One row."""
-    request = Request(command=place(program.command), gpu=card, gpus=1, steps=STEPS, minutes=MINUTES)
-    row: dict[str, Any] = {"program": name, "package": program.package}
-    events: dict[str, list[int] | None] = {}
-    for side in ("measured", "virtual"):
-        with scratch_folder() as folder:
-            outcome = run_side(name, side, request, folder)
-            failed = outcome.word != "fits"
-            row[f"{side}_failure"] = describe_failure(outcome)[:300] if failed else None
-            for key in ("allocated", "reserved"):
-                row[f"{side}_{key}_bytes"] = None if failed else outcome.peak(f"peak_{key}_bytes")
-            row[f"{side}_seconds"] = round(outcome.seconds, 1)
-            events[side] = None if failed else read_requests(folder)
-            if side == "virtual":
-                row["estimates"] = outcome.estimates
-            if keep is not None:
-                shutil.copytree(folder, keep / name / side, dirs_exist_ok=True)
-    return row | first_difference(events["measured"], events["virtual"])
+def record(name: str, card: str, to: Path) -> dict[str, Any]:
+    """On the GPU: what it came to, and its requests."""
+    with scratch_folder() as folder:
+        row = describe("measured", run_side(name, "measured", card, folder))
+        for path in folder.glob("*.jsonl.gz"):
+            shutil.copy(path, to / f"{name}.jsonl.gz")
+        for path in folder.glob("*.pickle"):
+            shutil.copy(path, to / f"{name}.pickle")
+    (to / f"{name}.json").write_text(json.dumps({"program": name, **row}))
+    return {"program": name, **row}
 
 
-def run_side(name: str, side: str, request: Request, folder: Path) -> Outcome:
+def compare(name: str, card: str, recorded: Path) -> dict[str, Any]:
+    """Dry, beside what was recorded."""
+    row = json.loads((recorded / f"{name}.json").read_text())
+    with scratch_folder() as folder:
+        outcome = run_side(name, "virtual", card, folder)
+        row |= {
+            "package": list_programs()[name].package,
+            **describe("virtual", outcome),
+            "estimates": outcome.estimates,
+        }
+        return row | first_difference(
+            read_requests(recorded / f"{name}.jsonl.gz"), *map(read_requests, folder.glob("*.gz"))
+        )
+
+
+def describe(side: str, outcome: Outcome) -> dict[str, Any]:
+    """Peaks, or why there are none."""
+    failed = outcome.word != "fits"
+    found: dict[str, Any] = {f"{side}_failure": describe_failure(outcome)[:300] if failed else None}
+    for key in ("allocated", "reserved"):
+        found[f"{side}_{key}_bytes"] = None if failed else outcome.peak(f"peak_{key}_bytes")
+    return {**found, f"{side}_seconds": round(outcome.seconds, 1)}
+
+
+def run_side(name: str, side: str, card: str, folder: Path) -> Outcome:
     """On the GPU, or on the virtual one, each in a folder of its own with the program's data."""
+    request = Request(command=place(list_programs()[name].command), gpu=card, gpus=1, steps=STEPS, minutes=MINUTES)
     there = folder / "there"
     there.mkdir()
     if side == "virtual":
-        environment = prepare_environment(request, folder, snapshot=True)
+        environment = prepare_environment(request, folder, snapshot=False)
     else:
         paths = os.pathsep.join(part for part in (str(STARTUP), os.environ.get("PYTHONPATH", "")) if part)
         environment = {**os.environ, "PYTHONPATH": paths, **recorder_variables(request, folder, snapshot=True)}
     root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", PREPARE, name, "", root, *sys.path], cwd=there, check=True)
+    subprocess.run([sys.executable, "-c", PREPARE, name, root, *sys.path], cwd=there, check=True)
     words = ("env", "-C", str(there), *request.command)
     try:
         return run_recorded(replace(request, command=words), folder, environment)
@@ -125,19 +157,17 @@ def run_side(name: str, side: str, request: Request, folder: Path) -> Outcome:
         shutil.rmtree(there)
 
 
-def read_requests(folder: Path) -> list[int] | None:
-    """Allocations in their order, by the bytes that were asked for; None where the recording is not whole. When Python
-    frees depends on the order of its sets, which no two processes share."""
-    files = sorted(folder.glob("*.jsonl.gz"))
-    if len(files) != 1:
+def read_requests(path: Path) -> list[int] | None:
+    """Allocations in their order, by the bytes that were asked for; None where there is no recording. When Python frees
+    depends on the order of its sets, which no two processes share."""
+    if not path.exists():
         return None
-    with gzip.open(files[0], "rt") as file:
+    with gzip.open(path, "rt") as file:
         next(file)
-        rows = [json.loads(line) for line in file]
-    return [size for kind, _, size, _ in rows if kind == "a"]
+        return [row[2] for row in map(json.loads, file) if row[0] == "a"]
 
 
-def first_difference(measured: list[int] | None, virtual: list[int] | None) -> dict[str, Any]:
+def first_difference(measured: list[int] | None, virtual: list[int] | None = None) -> dict[str, Any]:
     """Whether both asked for the same, and where not, the first request in which they part."""
     if measured is None or virtual is None:
         return {"requests": None, "same_requests": None, "differs_at": None, "difference": None}

@@ -35,15 +35,17 @@ def distil(journal: Journal) -> Calibration:
 
 def context_of(journal: Journal) -> tuple[int, int, int] | None:
     """Least: after one tensor. Expected and most: the median and the greatest after steps, in which the driver has
-    loaded kernels, without what other programs used when it was asked."""
+    loaded kernels. None where nobody could tell this process's memory from other programs' after steps."""
     first = journal.found("facts: context", "device")
     if first is None:
         return None
     after = [
-        row["outside_bytes"] - first["others_bytes"]
+        row["outside_bytes"]
         for (_, side), row in journal.rows.items()
-        if side == "device" and "outside_bytes" in row
+        if side == "device" and row.get("outside_bytes") is not None
     ]
+    if not after:
+        return None
     seen = sorted([first["context_bytes"], *after])
     return seen[0], int(statistics.median_high(seen)), seen[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -70,10 +71,26 @@ def clear() -> None:
     torch.cuda.reset_accumulated_memory_stats()
 
 
-def outside_bytes() -> int:
-    """In use on the device beside PyTorch's allocator, by the driver, whoever uses it."""
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
+def outside_bytes() -> int | None:
+    """In use on the device by this process beside PyTorch's allocator, by NVML; None where it does not tell processes
+    apart (some containers): the driver's own count has other programs in it."""
+    own = process_bytes()
+    return None if own is None else own - torch.cuda.memory_reserved()
+
+
+def process_bytes() -> int | None:
+    """In use on the device by this process, by NVML; None where it does not answer or does not know the process."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode())
+        processes = {each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except pynvml.NVMLError:
+        return None
+    return processes.get(os.getpid())
 
 
 def used_bytes() -> int | None:

@@ -29,14 +29,21 @@ def measure_context() -> dict[str, Any]:
     device = cuda()
     held = torch.empty(1, device=device)
     torch.cuda.synchronize()
-    reserved, outside, after = torch.cuda.memory_reserved(), outside_bytes(), used_bytes()
-    by_nvml = None if before is None or after is None else after - before - reserved
+    free, total = torch.cuda.mem_get_info()
+    reserved, own, after = torch.cuda.memory_reserved(), outside_bytes(), used_bytes()
+    by_driver = total - free - reserved
+    if own is not None:
+        counted, context = "NVML, this process", own
+    elif before is not None and after is not None:
+        counted, context = "NVML, before and after", after - before - reserved
+    else:
+        counted, context = "driver, other programs included", by_driver
     del held
     return {
-        "context_bytes": outside if by_nvml is None else by_nvml,
-        "others_bytes": 0 if by_nvml is None else max(outside - by_nvml, 0),
-        "counted_by": "driver, other programs included" if by_nvml is None else "NVML",
-        "memory_bytes": torch.cuda.mem_get_info()[1],
+        "context_bytes": context,
+        "others_bytes": by_driver - context,
+        "counted_by": counted,
+        "memory_bytes": total,
     }
 
 

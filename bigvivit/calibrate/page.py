@@ -130,17 +130,12 @@ def tell_others(journal: Journal, groups: tuple[str, ...]) -> Iterator[str]:
                 continue
             other = journal.found(key, "virtual") or {}
             for name, value in found.items():
-                if is_shown(name, value):
+                if name not in HIDDEN:
                     beside = [tell(name, other[name]) if name in other else ""] * len(sides)
                     rows.append([found["name"], name.replace("_", " "), tell(name, value), *beside])
         if rows:
             yield from ("", f"## {group.capitalize()}", "")
             yield from table(["row", "what", str(journal.identity["evidence"]), *sides], rows)
-
-
-def is_shown(name: str, value: Any) -> bool:
-    """Lists are in report.json alone."""
-    return name not in HIDDEN and not isinstance(value, list)
 
 
 def tell_missing(journal: Journal, rows: list[Row]) -> Iterator[str]:
@@ -174,7 +169,7 @@ def describe_row(row: dict[str, Any]) -> str:
     """A line while it is measured."""
     if "failed" in row:
         return f"{row['key']}: failed ({row['evidence']}): {row['failed']}"
-    shown = [f"{name.replace('_', ' ')} {tell(name, value)}" for name, value in row.items() if is_shown(name, value)]
+    shown = [f"{name.replace('_', ' ')} {tell(name, value)}" for name, value in row.items() if name not in HIDDEN]
     return f"{row['key']} ({row['evidence']}): {', '.join(shown[:3])}"
 
 

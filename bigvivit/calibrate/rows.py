@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bigvivit.calibrate import cells, facts, libraries, rates, times
+from bigvivit.calibrate import cells, facts, rates, times
 from bigvivit.calibrate.journal import Side
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.model.catalog import SIZES
@@ -85,8 +85,6 @@ def list_cuda(identity: dict[str, Any], towers: tuple[str, ...], out: Path) -> I
     yield Row("facts", "context", 5.0, {"device": facts.measure_context}, fresh=True)
     yield Row("facts", "workspaces", 3.0, dict.fromkeys(both, facts.measure_workspaces))
     yield Row("facts", "attention", 3.0, dict.fromkeys(both, facts.choose_kernels))
-    for kind in libraries.KINDS:
-        yield Row("facts", f"scratch, {kind}", 4.0, dict.fromkeys(both, partial(libraries.measure_library, kind)))
     bf16 = (identity["capability"] or 0) >= 80
     for tower, name, trial in list_trials(towers, "bf16" if bf16 else "fp32"):
         text, seconds = trial.to_json(), SECONDS.get(tower, 3.0)
@@ -166,13 +164,16 @@ def build(
 
 
 def list_capacities(towers: tuple[str, ...], compute: str) -> Iterator[tuple[str, Trial, int]]:
-    """(name, trial, bytes): what only the largest memory holds of the giant tower comes before what is quick."""
+    """(name, trial, bytes): the quick ones first."""
     small, giant = towers[0], towers[-1]
-    found: list[tuple[str, Literal[1, 2], str, int]] = [
+    found: list[tuple[str, Literal[1, 2], str, int]] = [(small, 1, "sgd", gib) for gib in EMULATED]
+    found += [
         (giant, 1, "recompute", 24),
-        *((small, 1, "sgd", gib) for gib in EMULATED),
+        (giant, 1, "sgd", 24),
+        (giant, 2, "paper", 11),
+        (giant, 1, "recompute", 16),
+        (small, 1, "adamw", 11),
     ]
-    found += [(giant, 1, "sgd", 24), (giant, 2, "paper", 11), (giant, 1, "recompute", 16), (small, 1, "adamw", 11)]
     seen = set()
     for tower, stage, kind, gib in found:
         name = f"{tower}, stage {stage}, {kind}, {gib} GiB"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigvivit.assemble import choose_device
 from bigvivit.forecast.virtual_gpu import is_active
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.freeze import count_parameters, describe_frozen
@@ -189,7 +190,7 @@ def test_codes_are_what_their_form_says(storage: Any, columns: int, compute: tor
 
 @pytest.mark.gpu
 def test_cuda_copies_on_a_stream_of_its_own(tmp_path: Path) -> None:
-    device = torch.device("cuda")
+    device = choose_device("cuda")  # as runs do: PyTorch leaves TF32 on for convolutions
     for where in ("cpu", "disk"):
         model = Model()
         plan = MemoryPlan(storage="fp32", compute="fp32", placement=where)
