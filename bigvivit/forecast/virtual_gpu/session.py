@@ -56,6 +56,9 @@ def environment(
         "PYTHONPATH": joined(str(STARTUP), "PYTHONPATH", ":"),
         "PYTHONFAULTHANDLER": "1",  # what is not answered ends the process: the lines that asked are shown
         "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+        # What is tuned by time here must not be taken on a real GPU of the same name.
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
     }
 
 

@@ -88,17 +88,19 @@ def sample() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sampled.shape), tuple(motion.grad.shape)
 
 
-def count_convolutions() -> dict[str, int]:
-    """Estimated convolutions of two forward and backward passes, by kind of layer."""
+def count_convolutions(*, tf32: bool) -> dict[str, int]:
+    """Estimated convolutions of two forward and backward passes in fp32, by kind of layer."""
     import torch
     from torch import nn
 
     from bigvivit.forecast import virtual_gpu
 
+    torch.backends.cudnn.allow_tf32 = tf32
     layers = {
+        "patch16": (nn.Conv2d(8, 16, 8, 8), (2, 8, 16, 16)),
         "patch": (nn.Conv2d(3, 8, 4, 4), (2, 3, 16, 16)),
         "tubelet": (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4)), (2, 3, 4, 16, 16)),
-        "pointwise": (nn.Conv1d(3, 8, 1), (2, 3, 16)),
+        "pointwise": (nn.Conv1d(8, 8, 1), (2, 8, 16)),
         "overlapping": (nn.Conv2d(3, 8, 4, 2), (2, 3, 16, 16)),
         "padded": (nn.Conv2d(3, 8, 4, 4, padding=2), (2, 3, 16, 16)),
         "dilated": (nn.Conv2d(3, 8, 2, 2, dilation=2), (2, 3, 16, 16)),
@@ -217,3 +219,82 @@ def multiply_sparse(layout: str) -> dict[str, tuple[int, ...]]:
         result["sampled"] = tuple(torch.sparse.sampled_addmm(sparse, right, right[:5].T.contiguous()).shape)
     result["square"] = tuple(square.shape)
     return result
+
+
+def scratch_of_convolutions(rows: list[list[Any]]) -> list[int]:
+    """Of calls as bench/results/library_scratch_*.json lists them, in bytes that were asked for."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = True
+
+    def make(shape: list[int], layout: str, dtype: str) -> Any:
+        tensor = torch.empty(shape, device="cuda", dtype=getattr(torch, dtype))
+        return tensor.to(memory_format=torch.channels_last) if layout == "last" and len(shape) == 4 else tensor
+
+    found = []
+    for _, kind, dtype, *shapes, layouts, stride, padding, dilation, groups, _ in rows:
+        image, weight, output = (make(shape, layout, dtype) for shape, layout in zip(shapes, layouts, strict=True))
+        how = (stride, padding, dilation, False, [0] * len(stride), groups)
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        torch.cuda.reset_peak_memory_stats()
+        if kind == "forward":
+            result = torch.ops.aten.convolution(image, weight, None, *how)
+        else:
+            wanted = [kind == "image gradient", kind == "weight gradient", False]
+            result = torch.ops.aten.convolution_backward(output, image, weight, None, *how, wanted)
+        after = torch.cuda.memory_stats()
+        found.append(after["requested_bytes.all.peak"] - after["requested_bytes.all.current"])
+        assert after["requested_bytes.all.current"] > before
+        del result
+    return found
+
+
+def requests_of_recurrent(name: str) -> list[int]:
+    """Every request of one call of a network of bench/results/library_scratch_*.json, forward and backward."""
+    import torch
+
+    kind, *options, word = name.split("_")
+    more: dict[str, Any] = {"bidirectional": "both" in options, "dropout": 0.5 if "dropout" in options else 0.0}
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[word]
+    model = getattr(torch.nn, kind.upper())(128, 256, num_layers=2, device="cuda", dtype=dtype, **more)
+    sequence = torch.randn(50, 16, 128, device="cuda", dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        model(sequence)[0].sum().backward()
+        model.zero_grad()
+        sequence.grad = None
+
+    return record_requests(work)
+
+
+def requests_of_transform(name: str) -> list[int]:
+    """Every request of one call of a transform of the same file."""
+    import torch
+
+    complex64, float32 = torch.complex64, torch.float32
+    function, shape, dtype = {
+        "1d": (torch.fft.fft, (64, 4096), complex64),
+        "1d_odd": (torch.fft.fft, (64, 4099), complex64),
+        "1d_1000": (torch.fft.fft, (64, 1000), complex64),
+        "2d": (torch.fft.fft2, (32, 256, 256), complex64),
+        "2d_real": (torch.fft.rfft2, (32, 224, 224), float32),
+        "1d_half": (torch.fft.rfft, (64, 4096), torch.float16),
+        "1d_double": (torch.fft.fft, (64, 4096), torch.complex128),
+        "inverse": (torch.fft.irfft, (64, 2049), complex64),
+        "3d": (torch.fft.fftn, (64, 64, 64), complex64),
+    }[name]
+    values = torch.randn(shape, device="cuda", dtype=dtype)
+    return record_requests(lambda: function(values))
+
+
+def record_requests(work: Callable[[], object]) -> list[int]:
+    """Of the second call: the first also takes what a process takes once."""
+    import torch
+
+    work()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.memory._record_memory_history("all", context=None, clear_history=True)
+    work()
+    trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    torch.cuda.memory._record_memory_history(None)
+    return [entry["size"] for entry in trace if entry["action"] == "alloc"]

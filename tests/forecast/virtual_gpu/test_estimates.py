@@ -12,13 +12,26 @@ from tests.forecast.virtual_gpu import library_programs as programs
 
 @pytest.mark.parametrize("older_interface", [False, True])
 @pytest.mark.usefixtures("library")
-def test_convolutions_other_than_of_patches_are_counted(monkeypatch: pytest.MonkeyPatch, older_interface: bool) -> None:
+def test_convolutions_are_counted_but_for_products_without_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, older_interface: bool
+) -> None:
     monkeypatch.setenv("TORCH_CUDNN_V8_API_DISABLED", str(int(older_interface)))
     with virtual_gpu("A100 80GB") as gpu:
-        counted = gpu.call(programs.count_convolutions)
-    known = {name: counted.pop(name) for name in ("patch", "tubelet", "pointwise")}
+        counted = gpu.call(programs.count_convolutions, tf32=False)
+    known = {name: counted.pop(name) for name in ("patch16", "patch", "tubelet", "pointwise")}
     assert set(known.values()) == {0}
     assert set(counted.values()) == {6}, counted  # forward, and both gradients, twice
+
+
+@pytest.mark.usefixtures("library")
+def test_the_scratch_of_tensor_cores_is_counted() -> None:
+    """A patch convolution has copies there, and the pointwise one parts of its weights' gradient; in fp32 a GPU has them
+    from Ampere on."""
+    for name, counts in {"A100 80GB": (6, 2), "T4": (0, 0)}.items():
+        with virtual_gpu(name) as gpu:
+            counted = gpu.call(programs.count_convolutions, tf32=True)
+        assert (counted["patch16"], counted["pointwise"]) == counts, name
+        assert counted["padded"] == 6
 
 
 @pytest.mark.usefixtures("library")

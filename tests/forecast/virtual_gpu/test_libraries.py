@@ -17,7 +17,7 @@ def test_fourier_transforms(card: Callable[[str], Any]) -> None:
         "gradient": (64, 1000),
         "images": ((2, 3, 16, 16), "torch.complex128"),
         "short": (4, 129, 65),
-        "scratch": 64 * 1000 * 8,  # one complex number for each element
+        "scratch": 0,  # as measured of such a length, test_measured.py
     }
 
 

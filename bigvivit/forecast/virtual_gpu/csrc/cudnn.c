@@ -1,10 +1,11 @@
-/* cuDNN: convolutions, batch normalisation and attention, each by an engine that wants no workspace.
+/* cuDNN: convolutions, batch normalisation and attention.
  *
- * Answers: the backend interface (descriptors that keep what they are given, one engine for every graph), the older
- * convolution calls, batch normalisation, pooling, sampling by a grid.
- * What a real cuDNN would ask as workspace and reserve is its own secret and taken to be none: outputs, gradients and
- * what autograd keeps are exact, scratch of convolutions and of cuDNN's attention is missing. Convolutions whose windows
- * do not lie side by side, which are no mere matrix products, are counted as estimates.
+ * Answers: the backend interface (descriptors that keep what they are given; one engine for every graph, two where a
+ * convolution in fp32 may take tensor cores or not), the older convolution calls, batch normalisation, pooling, sampling
+ * by a grid.
+ * Outputs, gradients and what autograd keeps are exact. Workspaces of convolutions on tensor cores are the estimate of
+ * convolutions.c, others none; attention's is what an H100 asked for. Convolutions with a workspace, and those whose
+ * windows do not lie side by side, which are no mere matrix products, are counted as estimates.
  * Recurrent networks are in recurrent.c.
  * Does not answer: connectionist temporal classification: by name.
  * Versions and error texts come from the real library, which needs no device for them.
@@ -33,10 +34,12 @@ static int lies_side_by_side(int64_t count, const int64_t *kernel, const int64_t
 /* The backend interface */
 enum { CONVOLUTION = 10, CONVOLUTION_BACKWARD_WEIGHT = 11, CONVOLUTION_BACKWARD_DATA = 12 }; /* types of descriptors */
 enum { DILATIONS = 102, STRIDES = 103, PADDING_BEHIND = 104, PADDING_BEFORE = 105, TENSOR_SIZES = 902 };
-enum { OPERATION_CONVOLUTION = 702, OPERATION_WEIGHT = 703 }; /* six further for the data's gradient, twelve the weight's */
+enum { OPERATION_CONVOLUTION = 702 }; /* six further for the data's gradient, twelve for the weight's */
 enum { ENGINE_HEURISTICS_RESULTS = 202, ENGINE_OF_CONFIGURATION = 300, CONFIGURATION_WORKSPACE = 303 };
-enum { CONFIGURATION_SHARED_MEMORY = 304, PLAN_WORKSPACE = 402, ENGINE_INDEX = 1301 };
+enum { CONFIGURATION_SHARED_MEMORY = 304, PLAN_WORKSPACE = 402, ENGINE_INDEX = 1301, ENGINE_NOTES = 1303 };
 enum { TYPE_INT64 = 3, TYPE_DESCRIPTOR = 15 };
+enum { DATA_TYPE = 901, TENSOR_STRIDES = 903, ON_TENSOR_CORES = 0, FLOAT = 0 };
+enum { ATTENTION_WORKSPACE = 256 }; /* of an H100, forward and backward, beside what PyTorch asks for by itself */
 
 struct attribute {
     int name, type;
@@ -44,9 +47,13 @@ struct attribute {
     struct attribute *next;
     char bytes[];
 };
+struct choice { /* of an engine, for the convolution that a descriptor is, contains or was chosen for */
+    int convolves, estimated, tensor_cores, may_do_without, is_product; /* as it lies, without tensor cores */
+    int64_t workspace;
+};
 struct descriptor {
     int type;
-    int estimated; /* it is, or contains, or was chosen for a convolution whose scratch is not known */
+    struct choice choice;
     struct attribute *attributes;
 };
 
@@ -85,26 +92,52 @@ static const struct descriptor *descriptor_in(const struct descriptor *in, int n
     return found && found->type == TYPE_DESCRIPTOR && found->count ? *(struct descriptor *const *)found->bytes : NULL;
 }
 
-/* Of an operation that is a convolution, forward or backward. */
-static int has_known_scratch(const struct descriptor *operation) {
-    int at = operation->type == CONVOLUTION ? 0 : operation->type == CONVOLUTION_BACKWARD_DATA ? 6 : 12;
-    const struct descriptor *convolution = descriptor_in(operation, OPERATION_CONVOLUTION + at);
-    const struct descriptor *weight = descriptor_in(operation, OPERATION_WEIGHT + at);
-    const struct attribute *sizes = weight ? find_attribute(weight, TENSOR_SIZES) : NULL;
-    static const int names[] = {STRIDES, DILATIONS, PADDING_BEFORE, PADDING_BEHIND};
-    const int64_t *given[4];
-    for (int i = 0; i < 4; i++) {
-        const struct attribute *found = convolution ? find_attribute(convolution, names[i]) : NULL;
-        if (!found || !sizes || found->count != sizes->count - 2) return 0;
-        given[i] = (const int64_t *)found->bytes;
-    }
-    const int64_t *kernel = (const int64_t *)sizes->bytes + 2;
-    return lies_side_by_side(sizes->count - 2, kernel, given[0], given[1], given[2], given[3]);
+static void read_numbers(const struct descriptor *in, int name, int64_t to[8]) {
+    const struct attribute *found = in ? find_attribute(in, name) : NULL;
+    for (int64_t i = 0; found && i < found->count && i < 8; i++) to[i] = ((const int64_t *)found->bytes)[i];
+}
+static struct layout read_layout(const struct descriptor *tensor) {
+    struct layout layout = {0};
+    const struct attribute *type = tensor ? find_attribute(tensor, DATA_TYPE) : NULL;
+    const struct attribute *sizes = tensor ? find_attribute(tensor, TENSOR_SIZES) : NULL;
+    if (type) memcpy(&layout.type, type->bytes, sizeof layout.type);
+    if (sizes) layout.dimensions = (int)sizes->count;
+    read_numbers(tensor, TENSOR_SIZES, layout.sizes);
+    read_numbers(tensor, TENSOR_STRIDES, layout.strides);
+    return layout;
+}
+
+/* What is known of an operation that is a convolution. Weights, image and output follow its own descriptor. */
+static struct choice choose_engine(const struct descriptor *operation) {
+    struct convolved convolved = {.kind = FORWARD};
+    int at = OPERATION_CONVOLUTION;
+    if (operation->type == CONVOLUTION_BACKWARD_DATA) convolved.kind = IMAGE_GRADIENT, at += 6;
+    if (operation->type == CONVOLUTION_BACKWARD_WEIGHT) convolved.kind = WEIGHT_GRADIENT, at += 12;
+    const struct descriptor *how = descriptor_in(operation, at);
+    convolved.weight = read_layout(descriptor_in(operation, at + 1));
+    convolved.image = read_layout(descriptor_in(operation, at + 2));
+    convolved.output = read_layout(descriptor_in(operation, at + 3));
+    int64_t dilation[8] = {0}, before[8] = {0}, behind[8] = {0};
+    read_numbers(how, STRIDES, convolved.stride);
+    read_numbers(how, DILATIONS, dilation);
+    read_numbers(how, PADDING_BEFORE, before);
+    read_numbers(how, PADDING_BEHIND, behind);
+    int complete = how && convolved.weight.dimensions > 2 && convolved.image.dimensions == convolved.weight.dimensions &&
+                   convolved.output.dimensions == convolved.weight.dimensions;
+    struct choice choice = {.convolves = 1, .estimated = 1};
+    if (!complete) return choice;
+    choice.is_product = lies_side_by_side(convolved.weight.dimensions - 2, convolved.weight.sizes + 2, convolved.stride,
+                                          dilation, before, behind);
+    choice.may_do_without = convolved.weight.type == FLOAT;
+    choice.tensor_cores = card()->capability >= (choice.may_do_without ? 80 : 70); /* TF32 came with Ampere */
+    if (choice.tensor_cores) choice.workspace = (int64_t)convolution_scratch(&convolved);
+    choice.estimated = choice.workspace > 0 || !choice.is_product;
+    return choice;
 }
 EXPORT int cudnnBackendFinalize(struct descriptor *descriptor) {
     int type = descriptor->type;
     if (type == CONVOLUTION || type == CONVOLUTION_BACKWARD_DATA || type == CONVOLUTION_BACKWARD_WEIGHT)
-        descriptor->estimated = !has_known_scratch(descriptor);
+        descriptor->choice = choose_engine(descriptor);
     return 0;
 }
 EXPORT int cudnnBackendSetAttribute(struct descriptor *to, int name, int type, int64_t count, const void *from) {
@@ -116,7 +149,7 @@ EXPORT int cudnnBackendSetAttribute(struct descriptor *to, int name, int type, i
     to->attributes = kept; /* before an older one of the same name */
     for (int64_t i = 0; type == TYPE_DESCRIPTOR && i < count; i++) {
         const struct descriptor *part = ((struct descriptor *const *)from)[i];
-        if (part && part->estimated) to->estimated = 1;
+        if (part && part->choice.convolves) to->choice = part->choice;
     }
     return 0;
 }
@@ -124,10 +157,26 @@ EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int
                                     void *to) {
     int64_t answered = 0;
     if (name == ENGINE_HEURISTICS_RESULTS || name == ENGINE_OF_CONFIGURATION) {
-        answered = 1; /* the caller's own descriptors are filled in, with nothing but this */
-        if (wanted > 0 && to && *(struct descriptor **)to) (*(struct descriptor **)to)->estimated = from->estimated;
-    } else if (name == CONFIGURATION_WORKSPACE || name == CONFIGURATION_SHARED_MEMORY || name == PLAN_WORKSPACE ||
-               name == ENGINE_INDEX) {
+        /* The caller's own descriptors are filled in, with nothing but this. PyTorch leaves out what it may not take. */
+        int without = from->choice.tensor_cores && from->choice.may_do_without && name == ENGINE_HEURISTICS_RESULTS;
+        answered = 1 + without;
+        if (to && answered > wanted) answered = wanted; /* some ask for the best alone */
+        for (int64_t i = 0; to && i < answered; i++) {
+            struct descriptor *engine = ((struct descriptor **)to)[i];
+            if (!engine) continue;
+            engine->choice = from->choice;
+            if (i == 1)
+                engine->choice.tensor_cores = 0, engine->choice.workspace = 0,
+                engine->choice.estimated = !engine->choice.is_product;
+        }
+    } else if (name == PLAN_WORKSPACE || name == CONFIGURATION_WORKSPACE) {
+        int64_t workspace = from->choice.convolves ? from->choice.workspace : ATTENTION_WORKSPACE;
+        if (wanted > 0 && to) memcpy(to, &workspace, sizeof workspace);
+        answered = 1;
+    } else if (name == ENGINE_NOTES) {
+        answered = from->choice.tensor_cores && from->choice.may_do_without;
+        if (answered && wanted > 0 && to) *(int *)to = ON_TENSOR_CORES;
+    } else if (name == CONFIGURATION_SHARED_MEMORY || name == ENGINE_INDEX) {
         if (wanted > 0 && to) memset(to, 0, size_of_type(type));
         answered = 1;
     } else {
@@ -143,7 +192,7 @@ EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int
 }
 EXPORT int cudnnBackendExecute(struct cudnn *handle, struct descriptor *plan, struct descriptor *pack) {
     (void)pack;
-    if (plan->estimated) count_estimate(CONVOLUTIONS);
+    if (plan->choice.estimated) count_estimate(CONVOLUTIONS);
     count_captured_node(handle->stream);
     return 0;
 }
@@ -175,6 +224,7 @@ EXPORT int cudnnSetFilterNdDescriptor(struct shape *shape, int type, int format,
 }
 struct convolution {
     int64_t padding[8], stride[8], dilation[8];
+    int math_type;
 };
 EXPORT int cudnnCreateConvolutionDescriptor(struct convolution **to) {
     return (*to = calloc(1, sizeof **to)) ? 0 : CUDNN_INTERNAL_ERROR;
@@ -198,7 +248,7 @@ DESCRIPTOR(SpatialTransformer)
 #define DONE(name) \
     EXPORT int name(void) { return 0; }
 DONE(cudnnSetConvolutionGroupCount)
-DONE(cudnnSetConvolutionMathType)
+EXPORT int cudnnSetConvolutionMathType(struct convolution *to, int type) { return to->math_type = type, 0; }
 DONE(cudnnSetActivationDescriptor)
 DONE(cudnnSetPooling2dDescriptor)
 DONE(cudnnSetSpatialTransformerNdDescriptor)
@@ -251,22 +301,22 @@ struct performance { /* cudnnConvolution*AlgoPerf_t */
     size_t memory;
     int determinism, math_type, reserved[3];
 };
-static int choose(int wanted, int *returned, struct performance *found) {
+static int choose(const struct convolution *how, int wanted, int *returned, struct performance *found) {
     if (wanted < 1) return CUDNN_BAD_PARAM;
     *returned = 1;
-    *found = (struct performance){.algorithm = 1, .determinism = 1};
+    *found = (struct performance){.algorithm = 1, .determinism = 1, .math_type = how->math_type};
     return 0;
 }
 #define CHOICE(kind)                                                                                                \
     EXPORT int cudnnGetConvolution##kind##Algorithm_v7(void *h, void *x, void *w, void *c, void *y, int wanted,     \
                                                        int *returned, struct performance *found) {                  \
-        return (void)h, (void)x, (void)w, (void)c, (void)y, choose(wanted, returned, found);                        \
+        return (void)h, (void)x, (void)w, (void)y, choose(c, wanted, returned, found);                                 \
     }                                                                                                               \
     EXPORT int cudnnFindConvolution##kind##AlgorithmEx(void *h, void *dx, void *x, void *dw, void *w, void *c,      \
                                                        void *dy, void *y, int wanted, int *returned,                \
                                                        struct performance *found, void *space, size_t size) {       \
-        (void)h, (void)dx, (void)x, (void)dw, (void)w, (void)c, (void)dy, (void)y, (void)space, (void)size;         \
-        return choose(wanted, returned, found);                                                                     \
+        (void)h, (void)dx, (void)x, (void)dw, (void)w, (void)dy, (void)y, (void)space, (void)size;                  \
+        return choose(c, wanted, returned, found);                                                                  \
     }                                                                                                               \
     EXPORT int cudnnGetConvolution##kind##WorkspaceSize(void *h, void *x, void *w, void *c, void *y, int algorithm, \
                                                         size_t *size) {                                             \

@@ -131,6 +131,18 @@ struct shape { /* of a tensor: what its descriptor keeps */
     int type, count, sizes[8], strides[8];
 };
 
+/* convolutions.c */
+struct layout { /* of a tensor in cuDNN's backend interface: batch or outputs first, channels second */
+    int type, dimensions;
+    int64_t sizes[8], strides[8];
+};
+struct convolved {
+    enum { FORWARD, IMAGE_GRADIENT, WEIGHT_GRADIENT } kind;
+    struct layout weight, image, output;
+    int64_t stride[8];
+};
+size_t convolution_scratch(const struct convolved *convolved); /* on tensor cores */
+
 /* conditions.c */
 int goes_over_whole_tensors(const char *mangled);
 enum kernel_kind kind_of_condition(const char *mangled);
