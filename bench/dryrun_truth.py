@@ -171,10 +171,9 @@ def first_difference(measured: list[int] | None, virtual: list[int] | None = Non
     """Whether both asked for the same, and where not, the first request in which they part."""
     if measured is None or virtual is None:
         return {"requests": None, "same_requests": None, "differs_at": None, "difference": None}
-    for number, (one, other) in enumerate(itertools.zip_longest(measured, virtual)):
-        if one != other:
-            break
-    else:
+    pairs = enumerate(itertools.zip_longest(measured, virtual))
+    number, one, other = next(((number, *pair) for number, pair in pairs if pair[0] != pair[1]), (None, None, None))
+    if number is None:
         return {"requests": len(measured), "same_requests": True, "differs_at": None, "difference": None}
     difference = f"measured {one} B, virtual {other} B"
     return {"requests": len(measured), "same_requests": False, "differs_at": number, "difference": difference}

@@ -24,7 +24,7 @@ def list_convolutions(device: torch.device) -> Iterator[Call]:
     shapes = list(find_shapes())
     for word, layout in itertools.product(("tf32", "bf16", "fp16", "fp32"), ("rows", "channels last")):
         # PyTorch's default for convolutions; this project's runs have it off
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if word == "tf32" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if word == "tf32" else "ieee"  # type: ignore[attr-defined]
         for image, weight, stride, padding, dilation, groups in shapes:
             if word == "fp32" and layout != "rows":
                 continue
@@ -36,7 +36,7 @@ def list_convolutions(device: torch.device) -> Iterator[Call]:
                         convolve, device, DTYPES[word], layout, mode, image, weight, (stride, padding, dilation, groups)
                     ),
                 )
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def find_shapes() -> Iterator[tuple[list[int], list[int], list[int], list[int], list[int], int]]:
@@ -300,12 +300,12 @@ def ctc(device: torch.device, steps: int, batch: int, classes: int, target: int)
 
 
 SURVEYS: dict[str, Callable[[torch.device], Iterator[Call]]] = {
-    "attention": list_attention,
     "recurrent networks": list_recurrent,
     "Fourier transforms": list_transforms,
     "sparse products": list_sparse,
     "dense solvers": list_solvers,
     "convolutions": list_convolutions,
+    "attention": list_attention,
     "losses": list_losses,
 }
-"""By kind."""
+"""By kind, what takes long behind the others."""

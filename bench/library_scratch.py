@@ -38,51 +38,45 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    """Ask, write."""
+    """Ask, and write as the answers come."""
     device = choose_device("cuda")
     if unknown := [kind for kind in arguments.kinds if kind not in SURVEYS]:
         raise ConfigError(f"kinds: {', '.join(unknown)} is none of {', '.join(SURVEYS)}")
-    end = time.monotonic() + arguments.seconds
-    found: list[list[Any]] = []
-    for kind in arguments.kinds:
-        start, before = time.monotonic(), len(found)
-        found += survey(kind, SURVEYS[kind](device), end)
-        print(f"{kind}: {len(found) - before} calls, {time.monotonic() - start:.0f} s", flush=True)
-    name = describe_device(device)
-    calls = arguments.results / f"library_scratch_{'-'.join(name.lower().split())}.json"
-    record = {
-        "card": name,
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": read_commit(),
-    }
+    end, name = time.monotonic() + arguments.seconds, describe_device(device)
+    facts = {"card": name, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(), "commit": read_commit()}
+    calls = arguments.results / f"library_scratch_{'-'.join(name.lower().split())}.jsonl"
     calls.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
-    calls.write_text(
-        f'{json.dumps(record)[:-1]}, "columns": ["kind", "call", "scratch_bytes", "held_bytes"], "calls": [\n{lines}\n]}}\n'
-    )
+    with calls.open("w") as file:
+        file.write(json.dumps(facts) + "\n")
+        for kind in arguments.kinds:
+            start, count = time.monotonic(), 0
+            for row in survey(kind, SURVEYS[kind](device), end):
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                count += 1
+            print(f"{kind}: {count} calls, {time.monotonic() - start:.0f} s", flush=True)
     print(f"wrote {calls}")
     if arguments.against is not None:
-        measured = {json.dumps(row[:2]): row[2] for row in json.loads(arguments.against.read_text())["calls"]}
-        rows = list(compare(found, measured))
+        rows = list(compare(read_calls(calls), read_calls(arguments.against)))
         settings = {"against": arguments.against.name}
-        print(
-            f"wrote {write_report(arguments.results, 'library_scratch_error', device=device, settings=settings, rows=rows)}.md"
-        )
+        stem = write_report(arguments.results, "library_scratch_error", device=device, settings=settings, rows=rows)
+        print(f"wrote {stem}.json and .md")
 
 
-def survey(kind: str, calls: Iterator[Call], end: float) -> list[list[Any]]:
+def read_calls(path: Path) -> dict[tuple[str, str], Any]:
+    """Bytes of scratch by kind and call."""
+    lines = path.read_text().splitlines()[1:]
+    return {(kind, what): scratch for kind, what, scratch, _ in map(json.loads, lines)}
+
+
+def survey(kind: str, calls: Iterator[Call], end: float) -> Iterator[list[Any]]:
     """[kind, what was called, bytes of scratch, bytes that stay] of each, or why it failed and None."""
-    rows: list[list[Any]] = []
     for what, prepare in calls:
         if time.monotonic() > end:
             break
         try:
-            work = prepare()
-            rows.append([kind, what, *scratch_of(work)])
+            yield [kind, what, *scratch_of(prepare())]
         except (RuntimeError, NotImplementedError) as error:
-            rows.append([kind, what, str(error).splitlines()[0], None])
-    return rows
+            yield [kind, what, str(error).splitlines()[0], None]
 
 
 def scratch_of(work: Callable[[], Any]) -> tuple[int, int]:
@@ -97,10 +91,10 @@ def scratch_of(work: Callable[[], Any]) -> tuple[int, int]:
     return int(after[f"{key}.peak"] - max(held, before)), int(held - before)
 
 
-def compare(found: list[list[Any]], measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def compare(found: dict[tuple[str, str], Any], measured: dict[tuple[str, str], Any]) -> Iterator[dict[str, Any]]:
     """A row of each kind: how many calls have the very same scratch, and all of it together."""
-    for kind in dict.fromkeys(row[0] for row in found):
-        pairs = [(row[2], measured.get(json.dumps(row[:2]))) for row in found if row[0] == kind]
+    for kind in dict.fromkeys(kind for kind, _ in found):
+        pairs = [(found[call], measured.get(call)) for call in found if call[0] == kind]
         both = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, int) and isinstance(theirs, int)]
         if both:
             yield {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bigvivit.calibrate.rows import Row
     from bigvivit.calibrate.supervisor import Session
 
-SECONDS = {"cuda": 480.0, "cpu": 60.0}
+SECONDS = {"cuda": 480.0, "cpu": 60.0, "none": 3600.0}
 """A run takes by default."""
 
 
@@ -32,8 +32,9 @@ class CalibrateConfig:
 
     out: Path = Path("calibration")
     """Folder of the rows, the recordings of PyTorch's allocator and the report."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What is measured: `auto` is the GPU where there is one."""
+    device: Literal["auto", "cpu", "cuda", "none"] = "auto"
+    """What is measured: `auto` is the GPU where there is one. `none`: nothing; the virtual card and the traces answer
+    for rows of an earlier run, also on a machine without its GPU, so that a rented one only has to measure."""
     seconds: float | None = None
     """Time that it may take; left out, 480 on a GPU and 60 on a CPU."""
     towers: tuple[str, ...] = ()
@@ -64,10 +65,13 @@ def calibrate(argv: list[str]) -> None:
 
     for tower in config.towers:  # what is misspelt is said before anything is measured
         open_tower(ModelConfig(tower=tower, tower_init="random", tubelet=2), seed=0)
-    identity = find_device(config.device)
+    identity = read_device(config.out) if config.device == "none" else find_device(config.device)
     rows = [
         row for row in list_rows(identity, config.towers, config.out) if not config.only or row.group in config.only
     ]
+    if config.device == "none":
+        for row in rows:
+            del row.jobs["device"]
     if config.list:
         for row in rows:
             print(f"{row.seconds:5.0f} s  {row.key}")
@@ -75,7 +79,7 @@ def calibrate(argv: list[str]) -> None:
         return
     journal = Journal(config.out / "rows.jsonl", identity)
     virtual, notes = find_virtual(identity, rows)
-    seconds = config.seconds or SECONDS[identity["device"]]
+    seconds = config.seconds or SECONDS["none" if config.device == "none" else identity["device"]]
     session = Session(journal, rows, seconds=seconds - (time.monotonic() - start), virtual=virtual)
     try:
         watch(session, rows)
@@ -101,6 +105,23 @@ def find_device(name: str) -> dict[str, Any]:
         raise ConfigError(f"device={name}: {error}") from None
     finally:
         child.close()
+
+
+def read_device(out: Path) -> dict[str, Any]:
+    """Of which the rows in a folder are. Raises ConfigError where there are none, or this PyTorch is another one."""
+    import torch
+
+    from bigvivit.calibrate.journal import read_lines
+
+    lines = read_lines(out / "rows.jsonl")
+    if not lines:
+        raise ConfigError(f"out={out} holds no rows of an earlier run: measure first, on the device")
+    if lines[0]["torch"] != torch.__version__:
+        raise ConfigError(
+            f"out={out} was measured with torch {lines[0]['torch']}, this is {torch.__version__}, which takes other "
+            "memory: install that one here"
+        )
+    return lines[0]
 
 
 def find_virtual(identity: dict[str, Any], rows: list[Row]) -> tuple[dict[str, str], list[str]]:

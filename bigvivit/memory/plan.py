@@ -45,8 +45,9 @@ class Stream:
     why: str
 
 
-CHUNK = 8
-"""Tubelets that keep a device busy where there is room: 8 of ViT-g are 2,056 tokens."""
+CHUNK = 16
+"""Tubelets that keep a device busy where there is room. On an H100 chunks of 16 of ViT-g, 4,112 tokens, took 0.70 of
+the time of chunks of 8, and chunks of 32 no less (bench/results/chunks_nvidia-h100-80gb-hbm3_2026-11-26.json)."""
 SHARE_OF_WORK, SHARE_OF_HIDDEN = 0.25, 0.5
 """Of the memory that is free: for one chunk's work in a layer, and for the hidden states of a group."""
 

@@ -1,8 +1,9 @@
 """Inside each process of a dry run: what it allocates, in which phase of a step, and its end after some steps.
 
 Installed by the startup hook of the virtual GPU before the user's program; on a real GPU it counts the same
-(`bench/dryrun_truth.py`). Imports no torch: it waits until the program does. Nothing of the program is replaced but three functions that are wrapped: `torch.autograd.backward`,
-`torch.autograd.grad` and `GradScaler.update`; steps are seen by PyTorch's global hooks of optimizers.
+(`bench/dryrun_truth.py`). Imports no torch: it waits until the program does. Nothing of the program is replaced but
+three functions that are wrapped: `torch.autograd.backward`, `torch.autograd.grad` and `GradScaler.update`; steps are
+seen by PyTorch's global hooks of optimizers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Python runs this when it starts in a process of a dry run or on virtual GPUs: another sitecustomize first, then our hooks."""
+"""Python runs this as it starts in a dry run or on virtual GPUs: another sitecustomize first, then our hooks."""
 
 import importlib.machinery
 import importlib.util
