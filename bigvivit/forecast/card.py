@@ -1,8 +1,8 @@
 """From a trace to a verdict: what PyTorch's caching allocator on one card would make of it.
 
-Nothing here has been run on a GPU by us. The allocator model was held to published recordings of real GPUs
-(`bench/allocator.py`), traces to the CPU allocator's own count (`bench/forecast_accuracy.py`); what lies outside of
-both is a table of constants with sources and ranges (`forecast/overhead.py`).
+The allocator model was held to published recordings of real GPUs (`bench/allocator.py`), traces to the CPU allocator's
+own count (`bench/forecast_accuracy.py`), and both to one H100 (`bigvivit calibrate`); what lies outside is a table of
+constants with sources and ranges (`forecast/overhead.py`).
 """
 
 from __future__ import annotations

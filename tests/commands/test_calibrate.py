@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import CUBLAS_WORKSPACE, context
 from bigvivit.forecast.virtual_gpu import virtual_gpu
-from bigvivit.forecast.virtual_gpu.build import build_library
+from bigvivit.forecast.virtual_gpu.build import build_library, cache_folder
 from bigvivit.units import MiB
 from tests.calibrate import jobs
 from tests.launching import ROOT, call
@@ -55,6 +56,35 @@ def test_a_run_on_the_cpu_that_is_killed_goes_on(tmp_path: Path, monkeypatch: py
     assert "| products | fp32 per second | " in page
     planned = call("plan", "--tower", "vit-demo", "--size", "48", "--frames", "8", "--hardware", "cpu")
     assert f"measured on this CPU on {time.strftime('%Y-%m')}" in planned.stdout, planned.stderr
+
+
+def test_the_half_that_needs_no_gpu_is_answered_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rows of an H100 that was rented, by the same PyTorch."""
+    try:
+        build_library()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("BIGVIVIT_CACHE", str(cache_folder()))
+    words = ("calibrate", "--device", "none", "--only", "facts", "--out", tmp_path)
+    refused = call(*words)
+    assert (refused.returncode, "holds no rows of an earlier run" in refused.stderr) == (2, True)
+    card = find_accelerator("H100")
+    identity = {
+        "device": "cuda", "card": "NVIDIA H100 80GB HBM3", "evidence": "measured", "torch": "1.0", "cuda": "13.0",
+        "driver": "580", "capability": 90, "memory_bytes": card.memory_bytes, "cores": 16,
+    }  # fmt: skip
+    journal = tmp_path / "rows.jsonl"
+    journal.write_text(json.dumps(identity) + "\n")
+    refused = call(*words)
+    assert (refused.returncode, "was measured with torch 1.0" in refused.stderr) == (2, True)
+    journal.write_text(json.dumps({**identity, "torch": torch.__version__}) + "\n")
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read_rows(tmp_path)}
+    assert {(row["side"], row["evidence"]) for row in rows.values()} == {("virtual", "virtual")}
+    assert set(rows) == {"workspaces", "attention"}
+    assert rows["attention"]["vit-g_bf16_trains"] == "cudnn"  # as on a real one
+    assert "bigvivit plan takes nothing of this" in done.stdout
 
 
 def test_on_a_virtual_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

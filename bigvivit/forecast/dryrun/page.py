@@ -19,7 +19,7 @@ from bigvivit.units import format_bytes
 
 SHOWN_LINES = 8
 NOT_KNOWN = {
-    "convolutions": "{} convolutions ran whose scratch in cuDNN is not known; a real GPU may need more.",
+    "convolutions": "{} convolutions ran whose scratch in cuDNN is an estimate.",
     "recurrent networks": "{} passes of recurrent networks ran whose space in cuDNN is an estimate.",
     "Fourier transforms": "{} Fourier transforms ran whose scratch in cuFFT is an estimate.",
     "dense solvers": "{} calls of cuSOLVER ran whose scratch is an estimate.",
