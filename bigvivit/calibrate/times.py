@@ -60,8 +60,8 @@ def time_step(device: str, trial: str) -> dict[str, Any]:
 
 
 def time_tower(device: str, trial: str) -> dict[str, Any]:
-    """Seconds of the frozen tower alone. Where its layers come from elsewhere also of the copies by themselves, and with
-    all layers there: what of the copies is hidden."""
+    """Seconds of the frozen tower alone. Where its layers come from elsewhere also of the copies by themselves, and
+    with all layers there: what of the copies is hidden."""
     where = choose_device(device)
     if where.type == "cuda":
         clear()

@@ -10,7 +10,9 @@ import time
 VARIABLE = "BIGVIVIT_VIRTUAL_GPU"
 """Describes the cards to the library; set in every process on virtual GPUs."""
 
-ESTIMATES = ("convolutions", "recurrent networks", "Fourier transforms", "dense solvers", "sparse products")
+ESTIMATES = (
+    "convolutions", "recurrent networks", "Fourier transforms", "dense solvers", "sparse products", "label losses"
+)  # fmt: skip
 """What csrc/estimates.c counts, by its numbers."""
 
 

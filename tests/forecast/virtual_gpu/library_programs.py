@@ -116,6 +116,25 @@ def count_convolutions(*, tf32: bool) -> dict[str, int]:
     return counted
 
 
+def lose_labels(on_device: bool) -> dict[str, Any]:
+    """A connectionist loss of 50 steps of four sequences, with labels of at most seven: its gradient and scratch."""
+    import torch
+
+    scores = torch.zeros(50, 4, 20, device="cuda", requires_grad=True)
+    place = "cuda" if on_device else "cpu"
+    labels = torch.ones(4 * 7, dtype=torch.int32, device=place)
+    steps = torch.full((4,), 50, dtype=torch.int32, device=place)
+    lengths = torch.full((4,), 7, dtype=torch.int32, device=place)
+    logs = scores.log_softmax(2)
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    loss = torch.nn.functional.ctc_loss(logs, labels, steps, lengths, reduction="sum")
+    scratch = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    loss.backward()
+    assert scores.grad is not None
+    return {"loss": tuple(loss.shape), "gradient": tuple(scores.grad.shape), "scratch": scratch}
+
+
 def count_estimates() -> dict[str, int]:
     """Of this process so far."""
     from bigvivit.forecast import virtual_gpu

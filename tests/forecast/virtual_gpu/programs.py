@@ -277,12 +277,10 @@ def snapshot_kinds() -> set[str]:
     return kinds
 
 
-def needs_ctc() -> None:
+def needs_sparselt() -> None:
     import torch
 
-    labels, lengths = torch.ones(3, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
-    steps = torch.zeros(4, 1, 5, device="cuda").log_softmax(2)
-    torch.nn.functional.ctc_loss(steps, labels, torch.tensor([4], dtype=torch.int32), lengths)
+    torch._cslt_compress(torch.zeros(64, 64, device="cuda", dtype=torch.float16))
 
 
 def fails() -> None:

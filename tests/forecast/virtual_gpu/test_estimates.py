@@ -25,8 +25,8 @@ def test_convolutions_are_counted_but_for_products_without_tensor_cores(
 
 @pytest.mark.usefixtures("library")
 def test_the_scratch_of_tensor_cores_is_counted() -> None:
-    """A patch convolution has copies there, and the pointwise one parts of its weights' gradient; fp32 has
-    such cores from Ampere on."""
+    """A patch convolution has copies there, and the pointwise one parts of its weights' gradient; fp32 has such cores
+    from Ampere on."""
     for name, counts in {"A100 80GB": (6, 2), "T4": (0, 0)}.items():
         with virtual_gpu(name) as gpu:
             counted = gpu.call(programs.count_convolutions, tf32=True)
@@ -41,6 +41,7 @@ def test_each_library_is_counted_by_its_name() -> None:
         ("Fourier transforms", programs.transform, ()),
         ("dense solvers", programs.solve, ("float32",)),
         ("sparse products", programs.multiply_sparse, ("csr",)),
+        ("label losses", programs.lose_labels, (False,)),
     ]
     with virtual_gpu("A100 80GB") as gpu:
         before = gpu.call(programs.count_estimates)

@@ -46,9 +46,9 @@ def test_a_child_that_ends_says_how() -> None:
 
 def test_what_is_not_answered_is_named_with_the_line_that_asked() -> None:
     with virtual_gpu("A100 80GB") as gpu, pytest.raises(VirtualGpuError, match=r"SIGABRT") as caught:
-        gpu.call(programs.needs_ctc)
-    assert "no answer to cudnnCreateCTCLoss" in str(caught.value)
-    assert "in needs_ctc" in str(caught.value)
+        gpu.call(programs.needs_sparselt)
+    assert "no answer to cusparseLt" in str(caught.value)
+    assert "in needs_sparselt" in str(caught.value)
 
 
 def test_this_process_is_on_none() -> None:

@@ -6,8 +6,7 @@
  * Outputs, gradients and what autograd keeps are exact. Workspaces of convolutions on tensor cores are the estimate of
  * convolutions.c, others none; attention's is what an H100 asked for. Convolutions with a workspace, and those whose
  * windows do not lie side by side, which are no mere matrix products, are counted as estimates.
- * Recurrent networks are in recurrent.c.
- * Does not answer: connectionist temporal classification: by name.
+ * Recurrent networks are in recurrent.c, connectionist temporal classification in labels.c.
  * Versions and error texts come from the real library, which needs no device for them.
  */
 #include "virtual_gpu.h"

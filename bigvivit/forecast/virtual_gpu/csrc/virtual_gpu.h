@@ -119,7 +119,7 @@ void read_result(void *to, size_t size); /* changes what is read back by the ker
 
 
 /* estimates.c */
-enum estimate { CONVOLUTIONS, RECURRENT_PASSES, FOURIER_TRANSFORMS, DENSE_SOLVERS, SPARSE_PRODUCTS, ESTIMATES };
+enum estimate { CONVOLUTIONS, RECURRENT_PASSES, FOURIER_TRANSFORMS, DENSE_SOLVERS, SPARSE_PRODUCTS, LABEL_LOSSES, ESTIMATES };
 void count_estimate(enum estimate kind);
 
 /* cudnn.c */
