@@ -94,8 +94,16 @@ class StreamedLayer(nn.Module):
         copied = sum(weight.numel() for name, weight in layer.named_parameters() if name not in ready)
         return stored, copied * self.compute.itemsize
 
+    def is_ready(self) -> bool:
+        """Whether the layer can compute with its parameters and buffers as they are, once they are gathered."""
+        tensors = [*self.layer.parameters(), *self.layer.buffers()] if self.slots is None else []
+        ready = (not each.is_floating_point() or each.dtype == self.compute for each in tensors)
+        return self.slots is None and all(ready) and all(each.device == self.device for each in self.layer.buffers())
+
     def forward(self, chunks: list[Tensor], fetched: Tensor | None = None, **extras: Any) -> list[Any]:
         """Each chunk through the layer; `chunks` is emptied on the way, so that no chunk is held twice."""
+        if self.is_ready():
+            return chunk_by_chunk(self.layer, self.device, chunks, extras)
         layer, weights = self.weights(fetched)
         # Weights are exchanged once for all chunks: each exchange takes as long as starting many kernels does.
         named = {f"layer.{name}": weight for name, weight in weights.items()}
@@ -111,13 +119,18 @@ class ChunkByChunk(nn.Module):
         self.layer, self.device = layer, device
 
     def forward(self, chunks: list[Tensor], **extras: Any) -> list[Any]:
-        """The output of each; `chunks` is emptied on the way."""
-        outputs = []
-        for _ in range(len(chunks)):
-            chunk = chunks.pop(0).to(self.device, non_blocking=True)  # pixels may still be in the host's memory
-            outputs.append(self.layer(chunk, **extras))
-            del chunk
-        return outputs
+        """The output of each."""
+        return chunk_by_chunk(self.layer, self.device, chunks, extras)
+
+
+def chunk_by_chunk(layer: nn.Module, device: torch.device, chunks: list[Tensor], extras: dict[str, Any]) -> list[Any]:
+    """The layer's output for each chunk; `chunks` is emptied on the way."""
+    outputs = []
+    for _ in range(len(chunks)):
+        chunk = chunks.pop(0).to(device, non_blocking=True)  # pixels may still be in the host's memory
+        outputs.append(layer(chunk, **extras))
+        del chunk
+    return outputs
 
 
 class FrozenTower(nn.Module):

@@ -26,15 +26,15 @@ def choose(free: int, *, costly: bool, tubelets: int = 64, **plan: Any) -> Strea
 
 def test_layers_that_are_there_are_used_chunk_by_chunk() -> None:
     stream = choose(1000, costly=False)
-    assert (stream.group, stream.chunk) == (8, 8)
+    assert (stream.group, stream.chunk) == (16, 16)
     assert "chunk by chunk, since the layers are there" in stream.why
 
 
 def test_layers_that_have_to_be_fetched_are_fetched_once_where_hidden_states_fit() -> None:
     stream = choose(1000, costly=True)
-    assert (stream.group, stream.chunk) == (64, 8)
+    assert (stream.group, stream.chunk) == (64, 16)
     assert "each is fetched once for 64 MiB of hidden states" in stream.why
-    assert "32 MiB of work in 1000 MiB that are free" in stream.why
+    assert "64 MiB of work in 1000 MiB that are free" in stream.why
 
 
 def test_short_memory_makes_small_groups_and_chunks() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigvivit.memory import stream
 from bigvivit.memory.freeze import count_parameters, describe_frozen, freeze
 from bigvivit.memory.measure import count_cpu_allocations
 from bigvivit.memory.plan import Stream
@@ -44,6 +45,22 @@ def test_one_type_is_the_tower_itself(dtype: torch.dtype) -> None:
     output = frozen(IMAGES)
     assert output.dtype == dtype
     assert torch.equal(output, tower(IMAGES))
+
+
+def test_weights_that_are_there_as_they_compute_are_not_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each exchange takes as long as starting many kernels does, and chunk by chunk there is one for each chunk."""
+    exchanged: list[object] = []
+    call = stream.functional_call
+
+    def count(*arguments: Any) -> Any:
+        exchanged.append(arguments[0])
+        return call(*arguments)
+
+    monkeypatch.setattr(stream, "functional_call", count)
+    for compute, calls in ((torch.float32, 0), (torch.bfloat16, 3 * 6)):  # embedding, four layers, pooling
+        _, frozen = build_frozen(torch.float32, compute, group=1, chunk=1)
+        frozen(IMAGES)
+        assert len(exchanged) == calls
 
 
 @pytest.mark.parametrize(("group", "chunk"), [(7, 7), (7, 2), (4, 2), (2, 2), (7, 1), (1, 1), (3, 2), (100, 100)])
