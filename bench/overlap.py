@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigvivit import assemble
-from bigvivit.calibrate.times import Waiting
 from bigvivit.config import ClipConfig, ModelConfig
 from bigvivit.memory.apply import apply_plan
+from bigvivit.memory.placement import Fetch, Here, Placement
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.stream import FrozenTower
 from bigvivit.training.report import run_bench, write_report
@@ -39,6 +39,23 @@ class Arguments:
     """Folder of reports."""
 
 
+class Waiting:
+    """A placement that has every layer arrive before its fetch returns: nothing comes while anything computes."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement, self.seconds, self.fetches = placement, 0.0, 0
+
+    def store(self, buffer: Tensor) -> int:
+        return self.placement.store(buffer)
+
+    def fetch(self, number: int) -> Fetch:
+        self.fetches += 1
+        started = time.perf_counter()
+        here = self.placement.fetch(number).wait()
+        self.seconds += time.perf_counter() - started
+        return Here(here)
+
+
 def measure(arguments: Arguments, where: str, scratch: Path) -> dict[str, Any]:
     """Median seconds of a forward with and without fetching ahead, and of the copies alone."""
     config = ModelConfig(
@@ -52,7 +69,7 @@ def measure(arguments: Arguments, where: str, scratch: Path) -> dict[str, Any]:
     tower = model.tower
     assert isinstance(tower, FrozenTower)
     assert tower.placement is not None
-    ahead, waiting = tower.placement, Waiting(tower.placement, torch.device("cpu"))
+    ahead, waiting = tower.placement, Waiting(tower.placement)
     clips = torch.randint(256, (arguments.frames // 2, 6, clip.size, clip.size), dtype=torch.uint8)
     seconds: dict[str, list[float]] = {"ahead": [], "waiting": []}
     outputs = {}

@@ -20,18 +20,19 @@ from bigvivit.trial import Trial, build_trial
 REPEATS = 3
 
 
-class Waiting:
-    """A placement that has every layer arrive before its fetch returns, and keeps it: how long copies take by
-    themselves, and from the second pass on what a tower takes whose layers are there."""
+class There:
+    """A placement that fetches every layer once and keeps it on the device: how long copies take by themselves, and from
+    the second pass on what a tower takes whose layers are there."""
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
-        self.placement, self.device, self.seconds = placement, device, 0.0
+        self.placement, self.device, self.seconds, self.fetches = placement, device, 0.0, 0
         self.kept: dict[int, Tensor] = {}
 
     def store(self, buffer: Tensor) -> int:
         return self.placement.store(buffer)
 
     def fetch(self, number: int) -> Fetch:
+        self.fetches += 1
         if number not in self.kept:
             synchronize(self.device)
             started = time.perf_counter()
@@ -72,14 +73,13 @@ def time_tower(device: str, trial: str) -> dict[str, Any]:
     ahead = seconds_of(lambda: tower(pixels), where, REPEATS)
     if own.plan.placement == "device" or tower.placement is None:
         return {"seconds": ahead}
-    placement, waiting = tower.placement, Waiting(tower.placement, where)
-    tower.placement = waiting
+    layers = There(tower.placement, where)
+    tower.placement = layers
     there = seconds_of(lambda: tower(pixels), where, REPEATS)
-    tower.placement = placement
-    hidden = 1 - (ahead - there) / waiting.seconds if waiting.seconds else -1.0
+    hidden = 1 - (ahead - there) / layers.seconds
     return {
         "seconds": ahead,
         "layers_there_seconds": there,
-        "copies_seconds": waiting.seconds,
+        "copies_seconds": layers.seconds,
         "hidden_share": hidden if 0 <= hidden <= 1 else "not resolved",
     }
