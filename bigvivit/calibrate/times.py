@@ -21,8 +21,8 @@ REPEATS = 3
 
 
 class There:
-    """A placement that fetches every layer once and keeps it on the device: how long copies take by themselves, and from
-    the second pass on what a tower takes whose layers are there."""
+    """A placement that fetches every layer once and keeps it on the device: how long copies take by themselves, and
+    from the second pass on what a tower takes whose layers are there."""
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self.placement, self.device, self.seconds, self.fetches = placement, device, 0.0, 0
