@@ -17,6 +17,8 @@ from bigvivit.training.stop import STOPPED
 from bigvivit.versions import require
 
 SHOWN_CLASSES, SHOWN_FAILURES = 20, 10
+UNLIMITED = 10_000
+"""Columns of a terminal that is none."""
 
 
 def main() -> None:
@@ -122,17 +124,34 @@ def describe_result(result: dict[str, Any]) -> str:
     return line + (f"; {failed} videos could not be read and are not counted" if failed else "")
 
 
-def print_table(headings: list[str], rows: list[list[object]]) -> None:
-    """A table on the terminal."""
+def print_table(headings: list[str], rows: list[list[object]], least: tuple[str, ...] = ()) -> None:
+    """A table on the terminal, without the columns that are `least` needed, in this order, where it is too narrow; in a
+    pipe a line for each row, whatever its length."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Column, Table
     from rich.text import Text
 
-    # As text: rich would read a class or a folder named [x] as a style.
-    table = Table(*(Column(Text(heading)) for heading in headings))
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+    def build(left_out: tuple[str, ...]) -> Table:
+        shown = [number for number, heading in enumerate(headings) if heading not in left_out]
+        # As text: rich would read a class or a folder named [x] as a style.
+        columns = [Column(Text(headings[number]), no_wrap=bool(least and number), overflow="fold") for number in shown]
+        table = Table(*columns) if console.is_terminal else Table(*columns, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(str(row[number])) for number in shown))
+        return table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=UNLIMITED)
+        console.print(build(()))
+        return
+    endless, count = console.options.update(width=UNLIMITED), 0
+    while count < len(least) and Measurement.get(console, endless, build(least[:count])).maximum > console.width:
+        count += 1
+    console.print(build(least[:count]))
+    if count:
+        console.print(Text(f"in a wider terminal, or with --json, also: {', '.join(least[:count])}"))
 
 
 def predict(argv: list[str]) -> None:
@@ -179,25 +198,36 @@ def drift(argv: list[str]) -> None:
 def towers(argv: list[str]) -> None:
     """`bigvivit towers`."""
 
-    def no_arguments() -> None:
-        """List the towers known by name. A model of their families loads by hub id or folder without being listed."""
+    def arguments(*, json: bool = False) -> bool:
+        """List the towers known by name. A model of their families loads by hub id or folder without being listed.
 
-    tyro.cli(no_arguments, args=argv, prog="bigvivit towers")
+        Args:
+            json: Print a list of objects, with the source of each tower's dimensions.
+        """
+        return json
+
+    as_json = tyro.cli(arguments, args=argv, prog="bigvivit towers")
+
+    from dataclasses import asdict
 
     from bigvivit.model.catalog import TIMM
     from bigvivit.model.timm_towers import has_timm
     from bigvivit.towers import list_towers
     from bigvivit.units import format_bytes, format_count
 
+    if as_json:
+        print(json.dumps([asdict(row) for row in list_towers()], indent=2))
+        return
     print_table(
-        ["tower", "layers/width/heads/MLP", "patch@image", "vector", "mean", "fp16", "parameters", "bf16", "tokens"],
+        ["tower", "parameters", "bf16", "tokens", "patch@image", "layers/width/heads/MLP", "vector", "mean", "fp16"],
         [
             [
-                row.name, row.dimensions, f"{row.patch}@{row.image}", row.vector, row.normalisation, row.fp16,
-                format_count(row.parameters), format_bytes(row.bf16_bytes), row.tokens,
+                row.name, format_count(row.parameters), format_bytes(row.bf16_bytes), row.tokens,
+                f"{row.patch}@{row.image}", row.dimensions, row.vector, row.normalisation, row.fp16,
             ]
             for row in list_towers()
         ],
+        least=("mean", "fp16", "vector", "layers/width/heads/MLP", "patch@image", "tokens", "bf16"),
     )  # fmt: skip
     if not has_timm():
         print(f'with pip install "bigvivit[timm]" also {", ".join(TIMM)}')

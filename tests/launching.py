@@ -88,14 +88,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path, **changes}
 
 
-def call(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def call(*words: object, cwd: Path = ROOT, columns: int = 160) -> subprocess.CompletedProcess[str]:
     """Run the `bigvivit` command within this process, which has imported PyTorch already."""
     argv = ["bigvivit", *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setenv("COLUMNS", "160")
+        patch.setenv("COLUMNS", str(columns))
         patch.setattr(sys, "argv", argv)
         try:
             cli.main()

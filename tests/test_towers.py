@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,24 @@ def test_the_command_prints_them() -> None:
     assert done.returncode == 0, done.stderr
     assert "laion/CLIP-ViT-g-14" in done.stdout
     assert "6.72 B" in done.stdout
+
+
+def test_a_pipe_gets_a_line_for_each_and_json_all_of_it() -> None:
+    lines = call("towers").stdout.splitlines()
+    rows = json.loads(call("towers", "--json").stdout)
+    assert [row["name"] for row in rows] == [line.split()[0] for line in lines[1 : len(rows) + 1]]
+    assert {"parameters", "tokens", "source"} < rows[0].keys()
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_names_are_whole_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded at the worst; what is left out is said."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    shown = re.sub("\x1b[^m]*m", "", call("towers", columns=width).stdout)
+    assert all(len(line) <= width for line in shown.splitlines())
+    names = "".join(line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│"))
+    assert names == "".join([*SIZES, *PUBLISHED, *TIMM])
+    assert ("also:" in shown) == (width < 200)
 
 
 def test_a_tower_that_overflows_in_fp16_is_refused(tmp_path: Path) -> None:
