@@ -200,17 +200,20 @@ def vit_step() -> dict[str, int]:
 
 
 def convolve() -> tuple[int, int]:
-    """Bytes of a patch convolution's result, and by how much the peak rose beyond what stayed."""
+    """Bytes asked for of a patch convolution's result, and by how much the peak rose beyond what stayed."""
     import torch
 
     patches = torch.nn.Conv2d(3, 768, 16, 16).cuda().half()
     images = torch.randn(8, 3, 224, 224).cuda().half()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    key = "requested_bytes.all"
+    before = torch.cuda.memory_stats()[f"{key}.current"]
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         result = patches(images)
-    return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before - result.numel() * 2
+    after = torch.cuda.memory_stats()
+    assert result.is_cuda
+    return after[f"{key}.current"] - before, after[f"{key}.peak"] - after[f"{key}.current"]
 
 
 def compile_kernels() -> list[tuple[int, ...]]:

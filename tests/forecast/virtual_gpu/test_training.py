@@ -52,9 +52,11 @@ def test_a_step_leaves_parameters_states_and_workspaces() -> None:
     assert seen["peak"] > seen["after"] + seen["parameters"]  # gradients, and what autograd kept
 
 
-def test_a_patch_convolution_takes_its_result_alone(card: Callable[[str], Any]) -> None:
+def test_a_patch_convolution_takes_copies_on_tensor_cores(card: Callable[[str], Any]) -> None:
+    """To the byte what an H100 was asked for in bf16: images, weights and output with eight channels each, last."""
     stays, scratch = card("A100 80GB").call(programs.convolve)
-    assert (stays, scratch) == (8 * 768 * 14 * 14 * 2, 0)
+    images, weights, output = 8 * 8 * 224 * 224 * 2, 768 * 8 * 16 * 16 * 2, 8 * 768 * 14 * 14 * 2
+    assert (stays, scratch) == (output, images + weights + output + 16)
 
 
 def test_kernels_are_compiled_by_nvrtc(card: Callable[[str], Any]) -> None:
