@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bigvivit import assemble
-from bigvivit.forecast.virtual_gpu.inside import driver_bytes
+from bigvivit.forecast.virtual_gpu.inside import driver_bytes, locked_bytes
+from bigvivit.memory import placement
 from bigvivit.memory.activations import keep_on_host
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import DdpEngine
@@ -80,12 +83,48 @@ def page_locks() -> tuple[list[bool], int]:
     return [buffer.is_pinned() for buffer in model.tower.placement.buffers], after - before
 
 
+def land_from_disk() -> tuple[int, int, list[bool]]:
+    """(bytes of the largest layer, most that was page-locked, whether the landing buffers are and still are when the
+    tower is gone)."""
+    model: Any = frozen(torch.device("cuda"), placement="disk")
+    for _ in range(2):
+        model(PIXELS)
+    there = model.tower.placement
+    largest, buffers = max(size for _, size in there.places), there.landings
+    pinned = [buffer.is_pinned() for buffer in buffers]
+    del model, there
+    gc.collect()
+    return largest, locked_bytes(), [all(pinned), any(buffer.is_pinned() for buffer in buffers)]
+
+
+def read_in_turn() -> list[str]:
+    """What the thread that fetches from disk does, in order: reads into one buffer or the other, waits for a copy."""
+    model: Any = frozen(torch.device("cuda"), placement="disk")
+    read, wait = placement.read_bytes, torch.cuda.Event.synchronize
+    done: list[str] = []
+    starts: list[int] = []
+
+    def watch_read(file: int, offset: int, target: Tensor) -> Tensor:
+        if target.data_ptr() not in starts:
+            starts.append(target.data_ptr())
+        done.append(f"read into {starts.index(target.data_ptr())}")
+        return read(file, offset, target)
+
+    def watch_wait(event: torch.cuda.Event) -> None:
+        done.append("wait")
+        wait(event)
+
+    with patch.object(placement, "read_bytes", watch_read), patch.object(torch.cuda.Event, "synchronize", watch_wait):
+        model(PIXELS)
+    return done
+
+
 def use_the_second() -> tuple[int, int]:
     """Bytes that the drivers of two GPUs gave to a process that works on the second."""
     device = torch.device("cuda", 1)
     torch.cuda.set_device(device)
-    for placement in ("cpu", "disk"):
-        frozen(device, placement=placement)(PIXELS)
+    for where in ("cpu", "disk"):
+        frozen(device, placement=where)(PIXELS)
     return driver_bytes(0), driver_bytes(1)
 
 

@@ -53,6 +53,20 @@ def test_layers_in_the_hosts_memory_are_locked_where_they_are(gpu: Child) -> Non
     assert pinned == 0  # PyTorch rounds its own up to powers of two
 
 
+def test_layers_from_disk_land_in_two_buffers_of_their_size() -> None:
+    """PyTorch's own pinned memory would be a power of two for each."""
+    with virtual_gpu("A100 80GB") as gpu:
+        largest, locked, pinned = gpu.call(on_cuda.land_from_disk)
+    assert locked == 2 * largest
+    assert largest & (largest - 1)  # no power of two
+    assert pinned == [True, False]
+
+
+def test_a_landing_buffer_is_read_into_when_its_last_copy_is_done(gpu: Child) -> None:
+    again = ["wait", "read into 0", "wait", "read into 1"]
+    assert gpu.call(on_cuda.read_in_turn) == ["read into 0", "read into 1", *again, *again]
+
+
 def test_a_rank_keeps_to_its_gpu() -> None:
     with virtual_gpu("A100 80GB", gpus=2) as gpu:
         first, second = gpu.call(on_cuda.use_the_second)
