@@ -228,6 +228,7 @@ def unlock_pages(stream: torch.cuda.Stream, buffer: Tensor) -> None:
 
 def lock_while(owner: object, mover: Mover, buffer: Tensor) -> None:
     """Page-lock memory as long as `owner` is there, whose copies `mover` makes."""
+    assert mover.stream is not None
     lock_pages(buffer)
     weakref.finalize(owner, unlock_pages, mover.stream, buffer)
 
