@@ -253,7 +253,7 @@ def note_shards(tracker: Tracker, engine: Engine) -> None:
 
 @contextmanager
 def label_streams(tracker: Tracker) -> Iterator[None]:
-    """Tell a streamed tower's fetched weights and hidden states, and what comes back for a backward, apart from work."""
+    """Tell a streamed tower's fetched weights and hidden states, and what comes back for a backward, from work."""
 
     def labelled(original: Callable[..., Any], cause: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
