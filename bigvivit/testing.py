@@ -142,7 +142,8 @@ def explain_growth(before: dict[str, int], trace: Trace, device: str = "cpu") ->
             f"  {changes[name]:+,} B  {name} ({format_bytes(before.get(name, 0))} → {format_bytes(now.get(name, 0))})"
         )
         if changes[name] > 0:
-            made = (event.allocation for event in trace.events if event.change > 0)
+            taken = (event.allocation for event in trace.events if event.change > 0)
+            made = (tensor for tensor in taken if tensor.device == device)
             own = [tensor for tensor in made if name_group(tensor.cause, tensor.module) == name]
             # Of those that are still there at the end first: what grew was perhaps kept.
             largest = max(own, key=lambda t: (t.nbytes > 0, math.prod(t.shape) * t.dtype.itemsize))

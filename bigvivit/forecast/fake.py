@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from bigvivit.forecast.tracker import HOST
-from bigvivit.memory import activations, engine, placement
+from bigvivit.memory import engine, offload, placement
 from bigvivit.versions import require_known
 
 
@@ -42,7 +42,7 @@ def fake_world(*, host: bool) -> Iterator[FakeTensorMode]:
         if host:
             stack.enter_context(patch.object(placement, "to_host", lambda tensor: on_host(mode, tensor)))
             stack.enter_context(
-                patch.object(activations, "empty_on_host", lambda tensor, pinned: on_host(mode, tensor))
+                patch.object(offload, "empty_on_host", lambda nbytes, pinned: bytes_on_host(mode, nbytes))
             )
         # It looks for a GPU whenever a tensor is made, and where there is none it starts NVML to do so.
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", mode.avoid_device_init))
@@ -118,6 +118,11 @@ def on_host(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A contiguous tensor like this one in the host's memory."""
     stride = torch._prims_common.make_contiguous_strides_for(tensor.shape)
     return fake_tensor(mode, tensor.shape, stride, tensor.dtype, torch.device(HOST))
+
+
+def bytes_on_host(mode: FakeTensorMode, nbytes: int) -> Tensor:
+    """So many of the host's memory."""
+    return fake_tensor(mode, (nbytes,), (1,), torch.uint8, torch.device(HOST))
 
 
 def fake_tensor(

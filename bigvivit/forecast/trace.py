@@ -24,6 +24,7 @@ from bigvivit.forecast.fake import fake_world, on_host
 from bigvivit.forecast.repeat import repeat_layers
 from bigvivit.forecast.tracker import Allocation, Event, Tracker
 from bigvivit.memory.engine import Engine
+from bigvivit.memory.offload import Saved
 from bigvivit.memory.placement import CpuPlacement, DiskPlacement
 from bigvivit.memory.stream import FrozenTower, StreamedLayer
 from bigvivit.training.step import LabelledClips, train_step
@@ -252,11 +253,11 @@ def note_shards(tracker: Tracker, engine: Engine) -> None:
 
 @contextmanager
 def label_streams(tracker: Tracker) -> Iterator[None]:
-    """Tell a streamed tower's fetched weights and hidden states apart from its work."""
+    """Tell a streamed tower's fetched weights and hidden states, and what comes back for a backward, from work."""
 
-    def labelled(original: Callable[..., Any]) -> Callable[..., Any]:
+    def labelled(original: Callable[..., Any], cause: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            with tracker.cause("fetched weights"):
+            with tracker.cause(cause):
                 return original(*args, **options)
 
         return call
@@ -268,7 +269,8 @@ def label_streams(tracker: Tracker) -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, name in ((StreamedLayer, "weights"), (CpuPlacement, "fetch"), (DiskPlacement, "fetch")):
-            stack.enter_context(patch.object(owner, name, labelled(getattr(owner, name))))
+            stack.enter_context(patch.object(owner, name, labelled(getattr(owner, name), "fetched weights")))
+        stack.enter_context(patch.object(Saved, "come", labelled(Saved.come, "activations")))
         hook = register_module_forward_hook(note_hidden)
         stack.callback(hook.remove)
         yield

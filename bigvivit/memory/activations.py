@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+from bigvivit.memory.offload import Copies, keep_on_host
 
 
 def trained_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -42,36 +42,10 @@ def apply_offload(model: nn.Module, device: torch.device) -> None:
 
     Weights stay where they are: torch.autograd.graph.save_on_cpu would copy them too.
     """
-    forward = model.forward
+    forward, copies = model.forward, Copies(device)
 
     def offloaded(*inputs: Any, **options: Any) -> Any:
-        with keep_on_host(device):
+        with keep_on_host(copies):
             return forward(*inputs, **options)
 
     model.forward = offloaded
-
-
-@contextmanager
-def keep_on_host(device: torch.device) -> Iterator[None]:
-    """A context whose saved tensors are copied to the host and back."""
-
-    def pack(tensor: Tensor) -> tuple[bool, Tensor]:
-        root = tensor._base if tensor._base is not None else tensor
-        if isinstance(root, nn.Parameter) or tensor.numel() == 0 or tensor.device.type != device.type:
-            return False, tensor
-        host = empty_on_host(tensor, pinned=device.type == "cuda")
-        host.copy_(tensor, non_blocking=True)
-        return True, host
-
-    def unpack(packed: tuple[bool, Tensor]) -> Tensor:
-        moved, tensor = packed
-        return tensor.to(device, non_blocking=True) if moved else tensor
-
-    hooks: AbstractContextManager[Any] = saved_tensors_hooks(pack, unpack)
-    with hooks:
-        yield
-
-
-def empty_on_host(tensor: Tensor, pinned: bool) -> Tensor:
-    """Room in the host's memory for a tensor like this one."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

@@ -108,8 +108,7 @@ class CpuPlacement:
 
     def store(self, buffer: Tensor) -> int:
         if self.device.type == "cuda":
-            lock_pages(buffer)
-            weakref.finalize(self, unlock_pages, buffer)
+            lock_while(self, self.mover, buffer)
         self.buffers.append(to_host(buffer))
         return len(self.buffers) - 1
 
@@ -135,6 +134,8 @@ class DiskPlacement:
         # Without a name where the file system can: nothing is left behind however the process ends.
         self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (open as long as the tower is)
         self.places: list[tuple[int, int]] = []
+        self.landings: list[Tensor] = []
+        self.leaving: list[Future[torch.cuda.Event | None] | None] = [None, None]
 
     def store(self, buffer: Tensor) -> int:
         offset = sum(self.places[-1]) if self.places else 0
@@ -145,10 +146,23 @@ class DiskPlacement:
     def fetch(self, number: int) -> Fetch:
         self.fetches += 1
         offset, size = self.places[number]
-        pinned = self.device.type == "cuda"
-        landing = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        target = torch.empty(size, dtype=torch.uint8, device=self.device) if pinned else landing
-        return self.mover.start(partial(read_bytes, self.file.fileno(), offset), landing, target)
+        read = partial(read_bytes, self.file.fileno(), offset)
+        if self.device.type != "cuda":
+            landing = torch.empty(size, dtype=torch.uint8)
+            return self.mover.start(read, landing, landing)
+        if not self.landings:
+            self.landings = self.lock_landings()
+        turn = self.fetches % 2
+        target = torch.empty(size, dtype=torch.uint8, device=self.device)
+        fetch = self.mover.start(partial(fill_anew, self.leaving[turn], read), self.landings[turn][:size], target)
+        self.leaving[turn] = fetch.done
+        return fetch
+
+    def lock_landings(self) -> list[Tensor]:
+        """Page-locked room for two of the largest layer: one is read while the one before it goes to the device."""
+        room = torch.empty(2, max(size for _, size in self.places), dtype=torch.uint8)
+        lock_while(self, self.mover, room)
+        return list(room)
 
 
 class Mover:
@@ -163,7 +177,7 @@ class Mover:
         chosen = partial(torch.cuda.set_device, self.device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="bigvivit-fetch", initializer=chosen)
 
-    def start(self, fill: Callable[[Tensor], Tensor], landing: Tensor, target: Tensor) -> Fetch:
+    def start(self, fill: Callable[[Tensor], Tensor], landing: Tensor, target: Tensor) -> Moving:
         """`fill(landing)` gives bytes in the host's memory; they end up in `target`, which may be the same."""
         if self.stream is not None:
             # What the target's memory was used for before may still be running.
@@ -206,9 +220,17 @@ def lock_pages(buffer: Tensor) -> None:
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
 
 
-def unlock_pages(buffer: Tensor) -> None:
-    """Undo `lock_pages`, before the memory goes back."""
+def unlock_pages(stream: torch.cuda.Stream, buffer: Tensor) -> None:
+    """Undo `lock_pages`, before the memory goes back and after the copies of this stream."""
+    stream.synchronize()
     torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def lock_while(owner: object, mover: Mover, buffer: Tensor) -> None:
+    """Page-lock memory as long as `owner` is there, whose copies `mover` makes."""
+    assert mover.stream is not None
+    lock_pages(buffer)
+    weakref.finalize(owner, unlock_pages, mover.stream, buffer)
 
 
 def write_bytes(file: int, offset: int, source: Tensor) -> None:
@@ -223,6 +245,15 @@ def copy_bytes(source: Tensor, target: Tensor) -> Tensor:
     """NumPy's copy lets other threads run meanwhile and takes none of PyTorch's."""
     target.numpy()[:] = source.numpy()
     return target
+
+
+def fill_anew(
+    last: Future[torch.cuda.Event | None] | None, fill: Callable[[Tensor], Tensor], landing: Tensor
+) -> Tensor:
+    """`fill(landing)`, once the copy to the device of what it held last is made. In the other thread."""
+    if last is not None and last.exception() is None and (event := last.result()) is not None:
+        event.synchronize()
+    return fill(landing)
 
 
 def read_bytes(file: int, offset: int, target: Tensor) -> Tensor:

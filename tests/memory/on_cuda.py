@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigvivit import assemble
-from bigvivit.forecast.virtual_gpu.inside import driver_bytes
-from bigvivit.memory.activations import keep_on_host
+from bigvivit.forecast.virtual_gpu.inside import driver_bytes, hold_events, locked_bytes
+from bigvivit.memory import placement
 from bigvivit.memory.apply import apply_plan
 from bigvivit.memory.engine import DdpEngine
 from bigvivit.memory.measure import measure_free
+from bigvivit.memory.offload import LEAVING, Copies, keep_on_host
 from bigvivit.memory.plan import MemoryPlan
 from bigvivit.memory.quantize import CODES, pack_weights
 from bigvivit.model.weights import random_weights
@@ -80,12 +85,48 @@ def page_locks() -> tuple[list[bool], int]:
     return [buffer.is_pinned() for buffer in model.tower.placement.buffers], after - before
 
 
+def land_from_disk() -> tuple[int, int, list[bool]]:
+    """(bytes of the largest layer, most that was page-locked, whether the landing buffers are and still are when the
+    tower is gone)."""
+    model: Any = frozen(torch.device("cuda"), placement="disk")
+    for _ in range(2):
+        model(PIXELS)
+    there = model.tower.placement
+    largest, buffers = max(size for _, size in there.places), there.landings
+    pinned = [buffer.is_pinned() for buffer in buffers]
+    del model, there
+    gc.collect()
+    return largest, locked_bytes(), [all(pinned), any(buffer.is_pinned() for buffer in buffers)]
+
+
+def read_in_turn() -> list[str]:
+    """What the thread that fetches from disk does, in order: reads into one buffer or the other, waits for a copy."""
+    model: Any = frozen(torch.device("cuda"), placement="disk")
+    read, wait = placement.read_bytes, torch.cuda.Event.synchronize
+    done: list[str] = []
+    starts: list[int] = []
+
+    def watch_read(file: int, offset: int, target: Tensor) -> Tensor:
+        if target.data_ptr() not in starts:
+            starts.append(target.data_ptr())
+        done.append(f"read into {starts.index(target.data_ptr())}")
+        return read(file, offset, target)
+
+    def watch_wait(event: torch.cuda.Event) -> None:
+        done.append("wait")
+        wait(event)
+
+    with patch.object(placement, "read_bytes", watch_read), patch.object(torch.cuda.Event, "synchronize", watch_wait):
+        model(PIXELS)
+    return done
+
+
 def use_the_second() -> tuple[int, int]:
     """Bytes that the drivers of two GPUs gave to a process that works on the second."""
     device = torch.device("cuda", 1)
     torch.cuda.set_device(device)
-    for placement in ("cpu", "disk"):
-        frozen(device, placement=placement)(PIXELS)
+    for where in ("cpu", "disk"):
+        frozen(device, placement=where)(PIXELS)
     return driver_bytes(0), driver_bytes(1)
 
 
@@ -126,7 +167,7 @@ def where_clips_are_under_ddp() -> str:
 
 def where_saved_tensors_return() -> list[str]:
     """Devices of a tensor of the device's and one of the host's, as the backward finds them."""
-    found = []
+    found: list[str] = []
 
     class Double(torch.autograd.Function):
         @staticmethod
@@ -135,15 +176,81 @@ def where_saved_tensors_return() -> list[str]:
             return value * 2
 
         @staticmethod
-        def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
             found.extend(tensor.device.type for tensor in context.saved_tensors)
             return gradient * 2, None
 
     value = torch.ones(4, device="cuda", requires_grad=True)
-    with keep_on_host(torch.device("cuda")):
+    with keep_on_host(Copies(torch.device("cuda"))):
         output = Double.apply(value, torch.ones(()))
     output.sum().backward()
     return found
+
+
+def streams_of_copies() -> list[tuple[str, bool]]:
+    """(operator, whether its stream is the one that computes) of a forward and a backward, in order."""
+    found: list[tuple[str, bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            devices = [value.device.type for value in args if isinstance(value, Tensor)]
+            if devices == ["cpu", "cuda"] or devices == ["cuda", "cpu"]:
+                found.append((f"to {devices[0]}", torch.cuda.current_stream() == torch.cuda.default_stream()))
+            elif func in (torch.ops.aten.exp.default, torch.ops.aten.mul.Tensor):
+                found.append((str(func), torch.cuda.current_stream() == torch.cuda.default_stream()))
+            return func(*args, **(kwargs or {}))
+
+    value = torch.ones(4, device="cuda", requires_grad=True)
+    with Watch():
+        with keep_on_host(Copies(torch.device("cuda"))):
+            output = value
+            for _ in range(LEAVING + 2):
+                output = output.exp()
+        output.sum().backward()
+    return found
+
+
+def take_tensors_along(nbytes: int, count: int) -> tuple[int, int, int]:
+    """Most that was taken on the device while a forward saved `count` tensors of so many bytes and while its backward
+    ran, in tensors, where no event completes; bytes that were page-locked."""
+    value = torch.ones(nbytes, dtype=torch.uint8, device="cuda").view(torch.float32).requires_grad_()
+    peaks = []
+    hold_events(True)
+    try:
+        with keep_on_host(Copies(torch.device("cuda"))):
+            output = value
+            for _ in range(count):
+                output = output.exp()
+        peaks.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
+        torch.cuda.reset_peak_memory_stats()
+        output.backward(torch.ones_like(output))
+        peaks.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
+    finally:
+        hold_events(False)
+    return peaks[0] // nbytes, peaks[1] // nbytes, locked_bytes()
+
+
+def fail_with_copies_under_way() -> tuple[int, int]:
+    """Tensors whose memory is not free after a forward that failed, before and after the device has done its copies."""
+    size = 2**22
+    value = torch.ones(size, device="cuda", requires_grad=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    taken = []
+    hold_events(True)
+    try:
+        with suppress(ZeroDivisionError), keep_on_host(Copies(torch.device("cuda"))):
+            output = value
+            for _ in range(9):
+                output = output.exp()
+            del output
+            raise ZeroDivisionError
+        taken.append(torch.cuda.memory_stats()["active_bytes.all.current"] - before)
+    finally:
+        hold_events(False)
+    torch.empty(2**20, device="cuda")  # the allocator looks at events when it is asked
+    taken.append(torch.cuda.memory_stats()["active_bytes.all.current"] - before)
+    return taken[0] // (4 * size), taken[1] // (4 * size)
 
 
 def where_codes_are_made() -> list[str]:

@@ -14,6 +14,8 @@ import torch
 from bigvivit.config import ConfigError
 from bigvivit.forecast.virtual_gpu import environment, virtual_gpu
 from bigvivit.forecast.virtual_gpu.session import Child
+from bigvivit.memory.offload import COMING, LEAVING, SLAB_BYTES
+from bigvivit.units import MiB
 from tests.launching import ROOT, STAGE1
 from tests.launching import environment as launch_environment
 from tests.memory import on_cuda
@@ -53,6 +55,20 @@ def test_layers_in_the_hosts_memory_are_locked_where_they_are(gpu: Child) -> Non
     assert pinned == 0  # PyTorch rounds its own up to powers of two
 
 
+def test_layers_from_disk_land_in_two_buffers_of_their_size() -> None:
+    """PyTorch's own pinned memory would be a power of two for each."""
+    with virtual_gpu("A100 80GB") as gpu:
+        largest, locked, pinned = gpu.call(on_cuda.land_from_disk)
+    assert locked == 2 * largest
+    assert largest & (largest - 1)  # no power of two
+    assert pinned == [True, False]
+
+
+def test_a_landing_buffer_is_read_into_when_its_last_copy_is_done(gpu: Child) -> None:
+    again = ["wait", "read into 0", "wait", "read into 1"]
+    assert gpu.call(on_cuda.read_in_turn) == ["read into 0", "read into 1", *again, *again]
+
+
 def test_a_rank_keeps_to_its_gpu() -> None:
     with virtual_gpu("A100 80GB", gpus=2) as gpu:
         first, second = gpu.call(on_cuda.use_the_second)
@@ -72,6 +88,30 @@ def test_ddp_leaves_clips_where_they_are(gpu: Child) -> None:
 
 def test_offloaded_activations_return_to_where_they_were(gpu: Child) -> None:
     assert gpu.call(on_cuda.where_saved_tensors_return) == ["cuda", "cpu"]
+
+
+def test_copies_of_activations_are_beside_the_computation(gpu: Child) -> None:
+    found = gpu.call(on_cuda.streams_of_copies)
+    assert {operator for operator, _ in found} == {"to cpu", "to cuda", "aten.exp.default", "aten.mul.Tensor"}
+    for operator, computes in found:
+        assert computes == operator.startswith("aten"), operator
+    backward = [operator for operator, _ in found if operator in ("to cuda", "aten.mul.Tensor")]
+    assert backward[0] == "to cuda"  # ahead of the first that computes, which needs none: it has not left
+    assert backward.count("to cuda") == 2
+
+
+def test_few_activations_are_on_the_device_and_none_is_rounded_on_the_host() -> None:
+    with virtual_gpu("A100 80GB") as gpu:
+        forward, backward, locked = gpu.call(on_cuda.take_tensors_along, 20 * MiB, 24)
+    assert forward == LEAVING + 2  # the input, and what is made while the first still leaves
+    assert (
+        backward == COMING + 6
+    )  # in the middle: input, output, its gradient, and one operator's two and what it saved
+    assert locked == -(-24 * 20 * MiB // SLAB_BYTES) * SLAB_BYTES
+
+
+def test_after_an_error_memory_is_kept_until_its_copy_is_made(gpu: Child) -> None:
+    assert gpu.call(on_cuda.fail_with_copies_under_way) == (LEAVING, 0)
 
 
 def test_codes_are_made_where_that_is_fast(gpu: Child) -> None:
