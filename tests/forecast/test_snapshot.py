@@ -222,16 +222,11 @@ def test_what_is_no_snapshot(data: bytes, tmp_path: Path) -> None:
         read_trace(path)
 
 
-def test_missing_and_huge_files(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_trace(tmp_path / "missing.pickle")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         read_trace(tmp_path)
-    path = tmp_path / "huge.pickle"
-    with path.open("wb") as file:
-        file.truncate(5 << 30)  # without a byte on the disk
-    with pytest.raises(ConfigError, match=r"it has 5 GiB, more than 4 GiB: record with fewer max_entries"):
-        read_trace(path)
 
 
 def edited(**changes: Any) -> dict[str, Any]:
@@ -286,7 +281,7 @@ def test_blocks_outside_every_segment_are_refused(tmp_path: Path) -> None:
 
 def test_several_devices(tmp_path: Path) -> None:
     data = snapshot(SMALL, EVENTS)
-    data["device_traces"][1] = data["device_traces"][0]
+    data["device_traces"][1] = snapshot(SMALL, EVENTS)["device_traces"][0]
     path = dump(tmp_path / "two.pickle", data)
     with pytest.raises(ConfigError, match=r"devices \[0, 1\]: choose one, --device 0"):
         read_trace(path)
