@@ -55,20 +55,15 @@ FORGOTTEN = Forgotten()
 
 def load(file: BinaryIO, words: Iterable[str]) -> Any:
     """What a pickle of protocol 2 or later holds: of dicts only those keys that are among `words`, and FORGOTTEN for
-    what occurs again and is neither one of `words` nor a tuple; once for a list that consists of nothing else.
-
-    Raises ConfigError for instructions that plain data does without; EOFError, IndexError, TypeError, struct.error and
-    others where the file is broken.
-    """
+    what occurs again and is neither one of `words` nor a tuple, or for several such items of a list in a row. Raises
+    ConfigError for instructions that plain data does without; EOFError, IndexError, TypeError, struct.error and others
+    where the file is broken."""
     keys = frozenset(words)
     memo: dict[int, Any] = {}
     memoized = 0
     stack, below = list[Any](), list[list[Any]]()  # what lies above the last mark, and above those before
-    window, at, last = (
-        b"",
-        0,
-        -1,
-    )  # a piece of the file, a place in it, and the last from where a whole instruction is in it
+    # A piece of the file, a place in it, and the last place from which a whole instruction is in it.
+    window, at, last = b"", 0, -1
     while True:  # cases are ordered by how often they occur: a million events are thirty million turns
         if at > last:
             window, at, last = read_on(file, window[at:])
@@ -91,24 +86,24 @@ def load(file: BinaryIO, words: Iterable[str]) -> Any:
             end = at + 1 + window[at]
             stack.append(int.from_bytes(window[at + 1 : end], "little", signed=True))
             at = end
+        elif code == MARK and (references := REFERENCES.match(window, at)):  # a stack without new frames
+            stack[-1].append(FORGOTTEN)
+            at = references.end()
         elif code == MARK:
-            references = REFERENCES.match(window, at)
-            if references:
-                stack[-1].append(FORGOTTEN)
-                at = references.end()
-            else:
-                below.append(stack)
-                stack = []
+            below.append(stack)
+            stack = []
         elif code in ABOVE_MARK:
             items, stack = stack, below.pop()
             combine(stack, items, keys, code)
+            if code == SETITEMS and (references := REFERENCES.match(window, at)):  # frames behind a new one
+                stack.append(FORGOTTEN)
+                at = references.end() - 1
         elif code == TUPLE2:
             second = stack.pop()
             stack[-1] = (stack[-1], second)
         elif code == MEMOIZE or code in PUTS:  # what is on top may be referred to from here on
-            place = memoized
-            if code != MEMOIZE:  # in older protocols
-                (place,), at = PUTS[code].unpack_from(window, at), at + PUTS[code].size
+            shape = PUTS.get(code)
+            place, at = (shape.unpack_from(window, at)[0], at + shape.size) if shape else (memoized, at)
             memoized = max(memoized, place + 1)
             if type(stack[-1]) is tuple or (type(stack[-1]) is str and stack[-1] in keys):
                 memo[place] = stack[-1]

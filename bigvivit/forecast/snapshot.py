@@ -37,7 +37,7 @@ KINDS = {
 LETTERS = frozenset(KINDS.values())
 WORDS = frozenset(
     (
-        *("segments", "device_traces", "allocator_settings", "PYTORCH_CUDA_ALLOC_CONF"),
+        *("segments", "device_traces", "allocator_settings", "PYTORCH_CUDA_ALLOC_CONF", ""),  # "": no settings
         *("device", "address", "total_size", "stream", "segment_type", "small", "segment_pool_id", "is_expandable"),
         *("blocks", "size", "requested_size", "state", "inactive"),
         *("action", "addr", "device_free", "pool_id", *KINDS),
