@@ -55,7 +55,7 @@ FORGOTTEN = Forgotten()
 
 def load(file: BinaryIO, words: Iterable[str]) -> Any:
     """What a pickle of protocol 2 or later holds: of dicts only those keys that are among `words`, and FORGOTTEN for
-    what occurs again and is neither one of `words` nor a tuple, or for several such items of a list in a row. Raises
+    what occurs again and is neither one of `words` nor a tuple, and for all such items that a list ends with. Raises
     ConfigError for instructions that plain data does without; EOFError, IndexError, TypeError, struct.error and others
     where the file is broken."""
     keys = frozenset(words)

@@ -69,6 +69,19 @@ def test_settings_are_those_of_the_file_or_given(tmp_path: Path) -> None:
     assert read_trace(path, conf=given).settings == given
 
 
+def test_settings_that_occur_elsewhere_in_the_file(tmp_path: Path) -> None:
+    """The empty text is one object in Python, which PyTorch's events hold too; other texts are refused, not ignored."""
+    for conf in ("", "max_split_size_mb:64"):
+        data = snapshot(SMALL, EVENTS, conf)
+        data["device_traces"][0][0]["user_metadata"] = conf
+        path = dump(tmp_path / "again.pickle", data)
+        if conf:
+            with pytest.raises(ConfigError, match="its PYTORCH_CUDA_ALLOC_CONF is no text of its own"):
+                read_trace(path)
+        else:
+            assert (read_trace(path).settings, read_trace(path).settings_known) == (AllocatorSettings(), True)
+
+
 def test_older_snapshots(tmp_path: Path) -> None:
     """Without addresses of blocks, requested sizes, expandable segments, settings and pools."""
     data = snapshot(SMALL, EVENTS)
