@@ -1,7 +1,7 @@
 """Memory snapshots of PyTorch (`torch.cuda.memory._dump_snapshot`) and published traces, read as data.
 
-A snapshot is a pickle. It is read by an unpickler that knows plain containers and refuses every name, so nothing in the
-file can be called. What it holds: `segments`, the allocator's final state, and `device_traces`, the last events of each
+A snapshot is a pickle. It is read by `plain_pickle`, which knows plain data and nothing that could be called, and keeps
+what is looked at. What it holds: `segments`, the allocator's final state, and `device_traces`, the last events of each
 device, as `torch.cuda.memory._snapshot` documents them.
 """
 
@@ -11,24 +11,23 @@ import contextlib
 import gc
 import gzip
 import json
-import pickle
 import resource
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bigvivit.config import ConfigError
 from bigvivit.forecast.alloc_conf import AllocatorSettings, parse_conf
 from bigvivit.forecast.allocator import Allocator
+from bigvivit.forecast.plain_pickle import load
 from bigvivit.forecast.ranges import Ranges
 from bigvivit.forecast.recording import Event, Segment, Trace, expect
 from bigvivit.forecast.segments import PRIVATE, SMALL_SEGMENT
 from bigvivit.forecast.tails import find_tails
-from bigvivit.units import GiB, MiB, format_bytes
+from bigvivit.units import GiB, MiB
 
-LARGEST_FILE = 4 * GiB
 LARGEST_BLOCK = 4096 * GiB  # no device has as much
 LARGEST_ADDRESS = 1 << 63
 KINDS = {
@@ -36,16 +35,15 @@ KINDS = {
     **{"segment_map": "M", "segment_unmap": "U", "oom": "o"},
 }
 LETTERS = frozenset(KINDS.values())
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, tuples, sets, text and numbers; whatever names code is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise ConfigError(f"it names {module}.{name}, which a memory snapshot never does: nothing of it was run")
-
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise ConfigError("it refers to objects outside the file, which a memory snapshot never does")
+WORDS = frozenset(
+    (
+        *("segments", "device_traces", "allocator_settings", "PYTORCH_CUDA_ALLOC_CONF", ""),  # "": no settings
+        *("device", "address", "total_size", "stream", "segment_type", "small", "segment_pool_id", "is_expandable"),
+        *("blocks", "size", "requested_size", "state", "inactive"),
+        *("action", "addr", "device_free", "pool_id", *KINDS),
+    )
+)
+"""The keys and texts of a snapshot that a replay looks at; all else, stacks above all, is dropped while it is read."""
 
 
 def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | None = None) -> Trace:
@@ -56,11 +54,6 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
     """
     try:
         size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise ConfigError(
-                f"it has {format_bytes(size)}, more than {format_bytes(LARGEST_FILE)}: record with fewer max_entries "
-                'and stacks="python"'
-            )
         with path.open("rb") as file:
             start = file.read(16)
         if start == b"SQLite format 3\0":
@@ -72,7 +65,7 @@ def read_trace(path: Path, device: int | None = None, conf: AllocatorSettings | 
             if packed:
                 return check_blocks(read_jsonl(path, conf))
             with path.open("rb") as file:
-                return check_blocks(from_snapshot(PlainUnpickler(file).load(), path.name, device, conf))
+                return check_blocks(from_snapshot(load(file, WORDS), path.name, device, conf))
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be replayed: {error}") from None
     except OSError as error:
@@ -123,20 +116,24 @@ def read_jsonl(path: Path, conf: AllocatorSettings | None) -> Trace:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             header = json.loads(next(file, ""))
-            rows = [json.loads(line) for line in file]
+            events, count = list[Event](), 0
+            for line in file:  # no more than one of them as Python's lists and texts
+                kind, *numbers = json.loads(line)
+                count += 1
+                if kind != "x":
+                    events.append(to_event(kind, *numbers))
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"it is cut short or no JSON lines ({error})") from None
     expect(isinstance(header, dict) and "expandable" in header, "its first line is no header with `expandable`")
-    count = header.get("n_events", len(rows))
-    expect(count == len(rows), f"its header says {count} events, it has {len(rows)}")
+    expect(header.get("n_events", count) == count, f"its header says {header.get('n_events')} events, it has {count}")
     initial = []
     for row in header.get("initial_segments") or []:
         address, size, stream, pool, live = row
         blocks = tuple((address + offset, length, requested) for offset, length, requested in live)
         initial.append(Segment(address, size, stream, pool == "small", False, blocks))
-    events = tuple(to_event(*row) for row in rows if row[0] != "x")
     settings = conf or AllocatorSettings(expandable_segments=bool(header["expandable"]))
-    return Trace(path.name, find_tails(initial, events, settings), events, settings, settings_known=conf is not None)
+    tails = find_tails(initial, events, settings)
+    return Trace(path.name, tails, tuple(events), settings, settings_known=conf is not None)
 
 
 def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSettings | None) -> Trace:
@@ -161,7 +158,8 @@ def from_snapshot(data: Any, name: str, device: int | None, conf: AllocatorSetti
     )
     settings, known = conf, conf is not None
     recorded = (data.get("allocator_settings") or {}).get("PYTORCH_CUDA_ALLOC_CONF")
-    if settings is None and isinstance(recorded, str):
+    expect(recorded is None or isinstance(recorded, str), "its PYTORCH_CUDA_ALLOC_CONF is no text of its own")
+    if settings is None and recorded is not None:
         settings, known = parse_conf(recorded), True
     if settings is None:
         expandable = any(event.kind in "MU" for event in events) or any(segment.expandable for segment in final)
