@@ -69,7 +69,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             file.truncate(len(whole))
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-        if all("key" in line and "side" in line for line in lines[1:]):
+        if all(isinstance(line, dict) for line in lines) and all(
+            "key" in line and "side" in line for line in lines[1:]
+        ):
             return lines
     except (ValueError, TypeError):
         pass

@@ -72,6 +72,7 @@ def calibrate(argv: list[str]) -> None:
     if config.device == "none":
         for row in rows:
             del row.jobs["device"]
+        rows = [row for row in rows if row.jobs]
     if config.list:
         for row in rows:
             print(f"{row.seconds:5.0f} s  {row.key}")
@@ -111,11 +112,17 @@ def read_device(out: Path) -> dict[str, Any]:
     """Of which the rows in a folder are. Raises ConfigError where there are none, or this PyTorch is another one."""
     import torch
 
+    from bigvivit.calibrate.device import identify
     from bigvivit.calibrate.journal import read_lines
 
     lines = read_lines(out / "rows.jsonl")
     if not lines:
         raise ConfigError(f"out={out} holds no rows of an earlier run: measure first, on the device")
+    if missing := identify("cpu").keys() - lines[0].keys():
+        raise ConfigError(
+            f"{out / 'rows.jsonl'} does not begin with the device that it is of, without {', '.join(sorted(missing))}: "
+            "give the --out of an earlier run"
+        )
     if lines[0]["torch"] != torch.__version__:
         raise ConfigError(
             f"out={out} was measured with torch {lines[0]['torch']}, this is {torch.__version__}, which takes other "
@@ -182,7 +189,8 @@ def finish(journal: Journal, rows: list[Row], out: Path, notes: list[str]) -> No
 
 def is_usable(calibration: Calibration) -> bool:
     """Whether forecasts may take it: what a virtual card says was never measured."""
-    return calibration.evidence == "measured" and calibration.context_bytes is not None
+    facts = calibration.context_bytes if calibration.device == "cpu" else calibration.workspace_bytes
+    return calibration.evidence == "measured" and facts is not None
 
 
 def say_use(calibration: Calibration, path: Path | None) -> str:
@@ -190,5 +198,7 @@ def say_use(calibration: Calibration, path: Path | None) -> str:
     if calibration.evidence != "measured":
         return "on a virtual GPU nothing is measured: bigvivit plan takes nothing of this"
     if path is None:
-        return "the row of the context is missing: bigvivit plan takes nothing of this; run the group facts too"
-    return f"bigvivit plan takes what was measured here from now on, from {path}"
+        return "the rows of the group facts are missing: bigvivit plan takes nothing of this; run that group too"
+    known = calibration.context_bytes is not None
+    but = "" if known else ", but for the context: no row tells this process's memory from other programs'"
+    return f"bigvivit plan takes what was measured from now on{but}, from {path}"

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigvivit.calibrate.calibration import apply
+from bigvivit.calibrate.constants import distil
+from bigvivit.calibrate.journal import Journal
+from bigvivit.commands.calibrate import is_usable, say_use
 from bigvivit.config import ConfigError
 from bigvivit.forecast.hardware import find_accelerator
 from bigvivit.forecast.overhead import CUBLAS_WORKSPACE, context
@@ -77,7 +81,14 @@ def test_the_half_that_needs_no_gpu_is_answered_elsewhere(tmp_path: Path, monkey
     journal.write_text(json.dumps(identity) + "\n")
     refused = call(*words)
     assert (refused.returncode, "was measured with torch 1.0" in refused.stderr) == (2, True)
+    for text in ('{"device": "cuda"}', "[]", "5"):
+        journal.write_text(text + "\n")
+        refused = call(*words)
+        assert (refused.returncode, "rows.jsonl" in refused.stderr, "Traceback" in refused.stderr) == (2, True, False)
     journal.write_text(json.dumps({**identity, "torch": torch.__version__}) + "\n")
+    listed = call(*words, "--list")
+    keys = [line.split("  ")[-1] for line in listed.stdout.splitlines()[:-1]]
+    assert keys == ["facts: workspaces", "facts: attention"]  # the context is the device's alone
     done = call(*words)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in read_rows(tmp_path)}
@@ -85,6 +96,24 @@ def test_the_half_that_needs_no_gpu_is_answered_elsewhere(tmp_path: Path, monkey
     assert set(rows) == {"workspaces", "attention"}
     assert rows["attention"]["vit-g_bf16_trains"] == "cudnn"  # as on a real one
     assert "bigvivit plan takes nothing of this" in done.stdout
+
+
+def test_a_card_whose_processes_nvml_does_not_know_is_taken_without_its_context(tmp_path: Path) -> None:
+    """As in most containers: the rest was measured all the same."""
+    identity = {
+        "device": "cuda", "card": "NVIDIA L4", "evidence": "measured", "torch": "2.14.1", "cuda": "13.0",
+        "driver": "580", "capability": 89, "memory_bytes": 22 << 30, "cores": 8,
+    }  # fmt: skip
+    journal = Journal(tmp_path / "rows.jsonl", identity)
+    assert not is_usable(distil(journal))
+    row = {"group": "facts", "side": "device", "evidence": "measured"}
+    journal.add({**row, "key": "facts: context", "context_bytes": 300 * MiB})
+    journal.add({**row, "key": "facts: workspaces", "product_fp32_kept_bytes": 9 * MiB, "outside_bytes": None})
+    found = distil(journal)
+    assert (found.context_bytes, found.workspace_bytes, is_usable(found)) == (None, 9 * MiB, True)
+    assert "but for the context" in say_use(found, tmp_path)
+    card = find_accelerator("L4")
+    assert context(apply(card, found)) == context(card)
 
 
 def test_on_a_virtual_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ def launches() -> int:
 
 
 def estimates() -> dict[str, int]:
-    """How often NVIDIA's libraries were called in this process where their scratch is not known, by `ESTIMATES`: for
-    convolutions none is taken here, for the others an estimate (docs/virtual_gpu.md)."""
+    """How often NVIDIA's libraries were called in this process where their scratch is an estimate, by `ESTIMATES`
+    (docs/virtual_gpu.md)."""
     count = active_library().bigvivit_virtual_gpu_estimates
     return {name: int(count(number)) for number, name in enumerate(ESTIMATES)}
 

@@ -268,6 +268,37 @@ def scratch_of_convolutions(rows: list[list[Any]]) -> list[int]:
     return found
 
 
+def convolve_at_the_limit(dtype: str) -> tuple[int, int]:
+    """What a convolution asks for beside its output, with room for its workspace and without."""
+    import torch
+
+    torch.cuda.empty_cache()
+    image = torch.empty(16, 64, 64, 64, device="cuda", dtype=getattr(torch, dtype))
+    weight = torch.empty(64, 64, 3, 3, device="cuda", dtype=image.dtype)
+    found = []
+    for room in (1 << 30, image.nbytes + (4 << 20)):
+        held = torch.empty(torch.cuda.mem_get_info()[0] - room, dtype=torch.uint8, device="cuda")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = torch.nn.functional.conv2d(image, weight, padding=1)
+        found.append(torch.cuda.max_memory_allocated() - before - output.nbytes)
+        del output, held
+        torch.cuda.empty_cache()
+    return found[0], found[1]
+
+
+def convolve_to_nothing() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The output of a transposed convolution without output channels, and the gradient of its input."""
+    import torch
+
+    images = torch.ones(2, 8, 16, 16, device="cuda", dtype=torch.float16, requires_grad=True)
+    weight = torch.empty(8, 0, 3, 3, device="cuda", dtype=torch.float16, requires_grad=True)
+    output = torch.nn.functional.conv_transpose2d(images, weight, padding=1)
+    output.sum().backward()
+    assert images.grad is not None
+    return tuple(output.shape), tuple(images.grad.shape)
+
+
 def requests_of_recurrent(name: str) -> list[int]:
     """Every request of one call of a network of bench/results/library_scratch_*.json, forward and backward."""
     import torch

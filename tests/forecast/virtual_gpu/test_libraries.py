@@ -56,3 +56,17 @@ def test_connectionist_losses(card: Callable[[str], Any], on_device: bool) -> No
     scratch = found.pop("scratch")
     assert found == {"loss": (), "gradient": (50, 4, 20)}
     assert scratch > 2 * 50 * 4 * 15 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_convolution_does_without_a_workspace_for_which_there_is_no_memory(
+    card: Callable[[str], Any], dtype: str
+) -> None:
+    """PyTorch then takes the next engine, as it does on a GPU."""
+    with_room, without = card("A100 80GB").call(programs.convolve_at_the_limit, dtype)
+    assert with_room > 0
+    assert without == 0
+
+
+def test_a_convolution_without_output_channels(card: Callable[[str], Any]) -> None:
+    assert card("A100 80GB").call(programs.convolve_to_nothing) == ((2, 0, 16, 16), (2, 8, 16, 16))

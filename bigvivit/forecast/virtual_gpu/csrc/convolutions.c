@@ -2,12 +2,12 @@
  *
  * The source: the requests of public programs on an H100 (torch 2.11, CUDA 13.0), 769 different convolutions, each beside
  * the same call here: bench/results/library_scratch_nvidia-h100-80gb-hbm3_2026-11-26.json, to which
- * tests/forecast/virtual_gpu/test_convolutions.py holds this file. What they show:
+ * tests/forecast/virtual_gpu/test_measured.py holds this file. What they show:
  *  - Tensor cores want the channels last. A tensor that has them first is copied: image, weights and output, each with its
  *    channels padded to 16 bytes. With a window of one pixel and no stride a convolution is a matrix product as it lies.
  *  - The gradient of the weights is summed up in parts, in fp32, about as many as keep the multiprocessors busy.
  *  - With few channels the copies go the other way. Each channel by itself needs nothing.
- * Which of its engines cuDNN takes is its own secret: this is to the byte what four of five calls asked for, not all.
+ * Which of its engines cuDNN takes is its own secret: this is within 1 KiB what four of five calls asked for, not all.
  */
 #include "virtual_gpu.h"
 
@@ -78,6 +78,7 @@ static size_t parts(const struct convolved *c, int channels_first) {
 size_t convolution_scratch(const struct convolved *c) {
     size_t window = pixels(&c->weight);
     int64_t channels = c->image.sizes[1], outputs = c->weight.sizes[0];
+    if (!count(&c->image) || !count(&c->weight) || !count(&c->output)) return 0; /* channels may be none */
     if (c->weight.type == DOUBLE || (c->weight.sizes[1] == 1 && channels > 1)) return 0;
     int strided = 0, channels_first = !has_channels_last(&c->image) || !has_channels_last(&c->output);
     for (int i = 0; i < c->weight.dimensions - 2; i++) strided |= c->stride[i] != 1;

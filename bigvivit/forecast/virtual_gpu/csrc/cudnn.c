@@ -1,8 +1,8 @@
 /* cuDNN: convolutions, batch normalisation and attention.
  *
- * Answers: the backend interface (descriptors that keep what they are given; one engine for every graph, two where a
- * convolution in fp32 may take tensor cores or not), the older convolution calls, batch normalisation, pooling, sampling
- * by a grid.
+ * Answers: the backend interface (descriptors that keep what they are given; one engine for every graph, a second one
+ * without tensor cores and workspace where a convolution may take them), the older convolution calls, batch
+ * normalisation, pooling, sampling by a grid.
  * Outputs, gradients and what autograd keeps are exact. Workspaces of convolutions on tensor cores are the estimate of
  * convolutions.c, others none; attention's is what an H100 asked for. Convolutions with a workspace, and those whose
  * windows do not lie side by side, which are no mere matrix products, are counted as estimates.
@@ -156,9 +156,9 @@ EXPORT int cudnnBackendGetAttribute(struct descriptor *const from, int name, int
                                     void *to) {
     int64_t answered = 0;
     if (name == ENGINE_HEURISTICS_RESULTS || name == ENGINE_OF_CONFIGURATION) {
-        /* The caller's own descriptors are filled in, with nothing but this. PyTorch leaves out what it may not take. */
-        int without = from->choice.tensor_cores && from->choice.may_do_without && name == ENGINE_HEURISTICS_RESULTS;
-        answered = 1 + without;
+        /* The caller's own descriptors are filled in, with nothing but this. PyTorch leaves out what it may not take, and
+         * goes on with the next where there is no memory for a workspace. */
+        answered = 1 + (from->choice.tensor_cores && name == ENGINE_HEURISTICS_RESULTS);
         if (to && answered > wanted) answered = wanted; /* some ask for the best alone */
         for (int64_t i = 0; to && i < answered; i++) {
             struct descriptor *engine = ((struct descriptor **)to)[i];
