@@ -100,7 +100,7 @@ def test_on_the_terminal(tower: Path, demo: Path, tmp_path: Path) -> None:
     clip = ["--clip.frames", "2", "--clip.size", "48", "--clip.resize", "52", "--workers", "0", "--device", "cpu"]
     done = call("drift", tower, "--manifest", "val.csv", *clip, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "│ nf4 " in done.stdout
+    assert "\nnf4  " in done.stdout
     assert "top-1" not in done.stdout
     assert (
         "frame vectors of 3 clips of 2 frames against those of fp32 weights; 1 videos could not be read" in done.stdout

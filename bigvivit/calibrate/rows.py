@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bigvivit.calibrate import cells, facts, rates, times
 from bigvivit.calibrate.journal import Side
-from bigvivit.memory.plan import MemoryPlan
+from bigvivit.memory.plan import CHUNK, MemoryPlan
 from bigvivit.model.catalog import SIZES
 from bigvivit.trial import Trial
 from bigvivit.units import GiB, MiB
@@ -20,7 +20,6 @@ Group = Literal["facts", "memory", "capacity", "rates", "times"]
 Job = Callable[[], dict[str, Any]]
 FRAMES, FEW_FRAMES, STEP_FRAMES = 64, 8, 16
 """Of stage 2, of stage 1, and of steps that are compared in seconds."""
-CHUNK = 8
 STREAMED: dict[str, dict[str, Any]] = {
     "layer-major": {"group": "all", "chunk": CHUNK},
     "paper": {"group": "all", "chunk": "all"},

@@ -309,7 +309,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     nvidia(
         "H100",
         *("h100sxm", "h100sxm5", "h10080gb", "h10080gbhbm3", "h100sxm80gb", "h100sxm580gb"),
-        gib=79.178,
+        gib=79.178711,
         memory="85,017,493,504 B by driver 580.159.04, measured here; 79.11 GiB in vllm-project/vllm#27508",
         capability=90,
         gb_per_second=3350,

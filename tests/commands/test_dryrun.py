@@ -102,7 +102,7 @@ while True:
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stdout.splitlines() if " ran whose " in line]
     assert said == [  # forward, and gradients of data and weight, in each of three steps
-        "9 convolutions ran whose scratch in cuDNN is not known; a real GPU may need more.",
+        "9 convolutions ran whose scratch in cuDNN is an estimate.",
         "9 passes of recurrent networks ran whose space in cuDNN is an estimate.",
     ]
 
