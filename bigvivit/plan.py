@@ -359,7 +359,7 @@ def print_corrections(verdict: Verdict, config: PlanConfig) -> None:
     from bigvivit.forecast.corrections import CORRECTIONS
 
     made = corrected_bytes(verdict.trace, verdict.overhead)
-    print("corrections for CUDA, none of them compared with a GPU, and what each makes at most at once:")
+    print("corrections for CUDA, which were compared with a GPU only together, and what each makes at most at once:")
     for correction in CORRECTIONS:
         size = made[correction.name]
         amount = f"{'-' * (size < 0)}{format_bytes(abs(size))}"

@@ -1,7 +1,7 @@
 """What a CUDA run allocates otherwise than the fake CPU tensors that are traced: differences by name, to be left out.
 
-Nothing here has been compared with a GPU of ours: sizes follow PyTorch's source. A trace for a CPU target applies none
-but `in-place`, which the CPU allocator's own count shows.
+Sizes follow PyTorch's source; whole traces were compared with an H100 (README, Evidence), these alone with no GPU. A
+trace for a CPU target applies none but `in-place`, which the CPU allocator's own count shows.
 """
 
 from __future__ import annotations
