@@ -14,9 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,31 +67,60 @@ def main(arguments: Arguments) -> None:
     programs = [name for name, program in list_programs().items() if program.gpus == 1]
     if unknown := [name for name in arguments.names if name not in programs]:
         raise ConfigError(f"names: {', '.join(unknown)} is none of {', '.join(programs)}")
+    names = arguments.names or programs
     if arguments.what == "record":
+        check_packages(names)
         facts = {"card": name_card(), "torch": torch.__version__}
         arguments.folder.mkdir(parents=True, exist_ok=True)
         (arguments.folder / "gpu.json").write_text(json.dumps(facts))
-        list(
-            each(
-                arguments.names or programs, arguments.jobs, lambda name: record(name, facts["card"], arguments.folder)
-            )
-        )
+        run_each(names, arguments.jobs, lambda name: record(name, facts["card"], arguments.folder))
         return
-    facts = json.loads((arguments.folder / "gpu.json").read_text())
-    recorded = [name for name in arguments.names or programs if (arguments.folder / f"{name}.json").exists()]
-    rows = list(each(recorded, arguments.jobs, lambda name: compare(name, facts["card"], arguments.folder)))
+    facts = read_recorded(arguments.folder)
+    recorded = [name for name in names if (arguments.folder / f"{name}.json").exists()]
+    check_packages(recorded)
+    rows = run_each(recorded, arguments.jobs, lambda name: compare(name, facts["card"], arguments.folder))
     rows.sort(key=lambda row: recorded.index(row["program"]))
     settings = {"steps": STEPS, **{f"measured_{name}": value for name, value in facts.items()}}
     stem = write_report(arguments.results, "dryrun_truth", device=torch.device("cpu"), settings=settings, rows=rows)
     print(f"wrote {stem}.json and .md")
 
 
-def each(names: Any, jobs: int, work: Callable[[str], dict[str, Any]]) -> Any:
-    """Rows as they come, printed."""
+def check_packages(names: Iterable[str]) -> None:
+    """Raises ConfigError for programs of packages that are not here."""
+    for name in names:
+        package = list_programs()[name].package
+        try:
+            if package is not None:
+                version(package)
+        except PackageNotFoundError:
+            raise ConfigError(
+                f"names: {name} comes in {package}, which is not installed: install it into a folder for --packages, "
+                "or name other programs"
+            ) from None
+
+
+def read_recorded(folder: Path) -> dict[str, str]:
+    """Of which card and PyTorch recordings are. Raises ConfigError where there are none, or this is another PyTorch."""
+    path = folder / "gpu.json"
+    if not path.exists():
+        raise ConfigError(f"folder={folder} holds no recordings: make them on a GPU, with `record`")
+    facts: dict[str, str] = json.loads(path.read_text())
+    if facts["torch"] != torch.__version__:
+        raise ConfigError(
+            f"folder={folder} was recorded with torch {facts['torch']}, this is {torch.__version__}, which takes other "
+            "memory: install that one here"
+        )
+    return facts
+
+
+def run_each(names: Iterable[str], jobs: int, work: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order in which they come, each printed."""
+    rows = []
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(work, name) for name in names]):
-            print(json.dumps(done.result()), flush=True)
-            yield done.result()
+            rows.append(done.result())
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def name_card() -> str:

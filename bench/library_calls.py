@@ -296,7 +296,7 @@ def ctc(device: torch.device, steps: int, batch: int, classes: int, target: int)
     scores = torch.randn(steps, batch, classes, device=device, requires_grad=True).log_softmax(2)
     labels = torch.randint(1, classes, (batch * target,), dtype=torch.int32)
     lengths, targets = torch.full((batch,), steps, dtype=torch.int32), torch.full((batch,), target, dtype=torch.int32)
-    return lambda: F.ctc_loss(scores, labels, lengths, targets)
+    return lambda: F.ctc_loss(scores, labels, lengths, targets, reduction="sum")
 
 
 SURVEYS: dict[str, Callable[[torch.device], Iterator[Call]]] = {

@@ -2,8 +2,8 @@
 
 A survey of calls, each with the bytes that the library asked PyTorch's allocator for beside what the call returns:
 convolutions of public networks in every element type and layout, recurrent networks, attention, Fourier transforms,
-dense solvers, sparse products. What a virtual GPU takes for them is an estimate from the measured survey
-(docs/virtual_gpu.md); `--against REPORT` says how far it is off.
+dense solvers, sparse products. `--against` a real GPU's survey says how far a virtual one is off. No survey of a real
+GPU is here yet: what a virtual one takes was fitted to other calls (docs/virtual_gpu.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ import pytest
 
 from bench.stage2_memory import judge
 from bench.timing import compare, ratio, time_in_turn
+from bigvivit.config import ConfigError
+from bigvivit.forecast.virtual_gpu import environment
 
 BENCHES = sorted((Path(__file__).resolve().parents[1] / "bench").glob("*.py"))
 
@@ -22,6 +29,45 @@ def test_a_bench_is_started_as_its_first_lines_say(path: Path) -> None:
     said = re.search(r"`python (-m bench\.|bench/)", text)
     if beside and said:
         assert said[1] == "-m bench."
+
+
+@pytest.mark.parametrize("words", [("record", "trl_sft_program"), ("compare",)])
+def test_what_dry_runs_are_held_against_is_asked_for_first(words: tuple[str, ...], tmp_path: Path) -> None:
+    """A package that is not here, recordings that are not there, and those of another PyTorch: one line each."""
+
+    def call() -> str:
+        command = [sys.executable, "-m", "bench.dryrun_truth", *words, "--folder", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHES[0].parents[1])
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return done.stderr
+
+    if words[0] == "record":
+        if find_spec("trl") is not None:
+            pytest.skip("trl is installed")
+        assert "comes in trl, which is not installed" in call()
+        return
+    assert "holds no recordings" in call()
+    (tmp_path / "gpu.json").write_text('{"card": "H100", "torch": "1.0"}')
+    assert "was recorded with torch 1.0" in call()
+
+
+def test_a_survey_of_libraries_is_the_same_twice_on_a_virtual_gpu(tmp_path: Path) -> None:
+    """And is written as it goes."""
+    try:
+        variables = environment("H100")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    words = [sys.executable, "-m", "bench.library_scratch", "--kinds", "losses", "--results", str(tmp_path)]
+    for more in ([], ["--against", str(tmp_path / "library_scratch_nvidia-h100-80gb-hbm3-(virtual).jsonl")]):
+        done = subprocess.run(
+            [*words, *more], capture_output=True, text=True, check=False, cwd=BENCHES[0].parents[1],
+            env={**os.environ, **variables},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    (report,) = tmp_path.glob("library_scratch_error_*.json")
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["calls"], row["same"]) == (4, 4)
+    assert row["estimated_bytes"] == row["measured_bytes"] > 0
 
 
 def test_rivals_take_turns() -> None:

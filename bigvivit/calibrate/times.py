@@ -20,7 +20,7 @@ from bigvivit.trial import Trial, build_trial
 REPEATS = 3
 
 
-class There:
+class Resident:
     """A placement that fetches every layer once and keeps it on the device: how long copies take by themselves, and
     from the second pass on what a tower takes whose layers are there."""
 
@@ -73,7 +73,7 @@ def time_tower(device: str, trial: str) -> dict[str, Any]:
     ahead = seconds_of(lambda: tower(pixels), where, REPEATS)
     if own.plan.placement == "device" or tower.placement is None:
         return {"seconds": ahead}
-    layers = There(tower.placement, where)
+    layers = Resident(tower.placement, where)
     tower.placement = layers
     try:
         there = seconds_of(lambda: tower(pixels), where, REPEATS)

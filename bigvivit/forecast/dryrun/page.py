@@ -24,7 +24,7 @@ NOT_KNOWN = {
     "Fourier transforms": "{} Fourier transforms ran whose scratch in cuFFT is an estimate.",
     "dense solvers": "{} calls of cuSOLVER ran whose scratch is an estimate.",
     "sparse products": "{} calls of cuSPARSE ran whose scratch is an estimate.",
-    "label losses": "{} connectionist losses (ctc_loss) ran whose scratch in cuDNN is an estimate.",
+    "CTC losses": "{} connectionist losses (ctc_loss) ran whose scratch in cuDNN is an estimate.",
 }
 """What is said of each of `virtual_gpu.estimates`."""
 PEAK_HEADINGS = ("peak allocated", "peak reserved", "with CUDA's own")

@@ -11,7 +11,7 @@ VARIABLE = "BIGVIVIT_VIRTUAL_GPU"
 """Describes the cards to the library; set in every process on virtual GPUs."""
 
 ESTIMATES = (
-    "convolutions", "recurrent networks", "Fourier transforms", "dense solvers", "sparse products", "label losses"
+    "convolutions", "recurrent networks", "Fourier transforms", "dense solvers", "sparse products", "CTC losses"
 )  # fmt: skip
 """What csrc/estimates.c counts, by its numbers."""
 

@@ -116,7 +116,7 @@ def count_convolutions(*, tf32: bool) -> dict[str, int]:
     return counted
 
 
-def lose_labels(on_device: bool) -> dict[str, Any]:
+def lose_ctc(on_device: bool) -> dict[str, Any]:
     """A connectionist loss of 50 steps of four sequences, with labels of at most seven: its gradient and scratch."""
     import torch
 

@@ -280,6 +280,13 @@ def snapshot_kinds() -> set[str]:
     return kinds
 
 
+def caches_of_compilers() -> list[str]:
+    """Where inductor and Triton keep what they made."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+
+    return [cache_dir(), triton_cache_dir(0)]
+
+
 def needs_sparselt() -> None:
     import torch
 

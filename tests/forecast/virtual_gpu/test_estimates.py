@@ -41,7 +41,7 @@ def test_each_library_is_counted_by_its_name() -> None:
         ("Fourier transforms", programs.transform, ()),
         ("dense solvers", programs.solve, ("float32",)),
         ("sparse products", programs.multiply_sparse, ("csr",)),
-        ("label losses", programs.lose_labels, (False,)),
+        ("CTC losses", programs.lose_ctc, (False,)),
     ]
     with virtual_gpu("A100 80GB") as gpu:
         before = gpu.call(programs.count_estimates)

@@ -52,7 +52,7 @@ def test_coalescing_takes_all_to_differ(card: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("on_device", [False, True])
 def test_connectionist_losses(card: Callable[[str], Any], on_device: bool) -> None:
     """By cuDNN, whose scratch for 50 steps of 4 sequences with up to 7 labels and the blanks between is an estimate."""
-    found = card("A100 80GB").call(programs.lose_labels, on_device)
+    found = card("A100 80GB").call(programs.lose_ctc, on_device)
     scratch = found.pop("scratch")
     assert found == {"loss": (), "gradient": (50, 4, 20)}
     assert scratch > 2 * 50 * 4 * 15 * 4

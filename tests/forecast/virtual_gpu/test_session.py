@@ -68,6 +68,14 @@ def test_any_program_runs_and_its_own_sitecustomize_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "mine torch.Size([])\n"), done.stderr
 
 
+def test_what_is_tuned_here_is_not_taken_on_a_real_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch.compile keeps what was fastest by the name of the GPU, and nothing is timed here."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with virtual_gpu("H100") as gpu:
+        assert str(tmp_path) not in gpu.call(programs.caches_of_compilers)
+
+
 def test_environments_add_to_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/lib/other.so")
     monkeypatch.setenv("PYTHONPATH", "/somewhere")

@@ -6,7 +6,7 @@
  * Outputs, gradients and what autograd keeps are exact. Workspaces of convolutions on tensor cores are the estimate of
  * convolutions.c, others none; attention's is what an H100 asked for. Convolutions with a workspace, and those whose
  * windows do not lie side by side, which are no mere matrix products, are counted as estimates.
- * Recurrent networks are in recurrent.c, connectionist temporal classification in labels.c.
+ * Recurrent networks are in recurrent.c, connectionist temporal classification in ctc.c.
  * Versions and error texts come from the real library, which needs no device for them.
  */
 #include "virtual_gpu.h"
@@ -18,6 +18,11 @@ EXPORT int cudnnCreate(struct cudnn **handle) {
     return (*handle = calloc(1, sizeof **handle)) ? 0 : CUDNN_INTERNAL_ERROR;
 }
 EXPORT int cudnnDestroy(struct cudnn *handle) { return free(handle), 0; }
+int run_estimated(struct cudnn *handle, enum estimate kind) {
+    count_estimate(kind);
+    count_captured_node(handle->stream);
+    return 0;
+}
 EXPORT int cudnnSetStream(struct cudnn *handle, void *stream) { return handle->stream = stream, 0; }
 EXPORT int cudnnGetStream(struct cudnn *handle, void **stream) { return *stream = handle->stream, 0; }
 

@@ -154,11 +154,6 @@ EXPORT int cudnnGetRNNTempSpaceSizes(void *handle, struct network *n, int mode, 
     return 0;
 }
 
-static int pass(struct cudnn *handle) {
-    count_estimate(RECURRENT_PASSES);
-    count_captured_node(handle->stream);
-    return 0;
-}
-EXPORT int cudnnRNNForward(struct cudnn *handle) { return pass(handle); }
-EXPORT int cudnnRNNBackwardData_v8(struct cudnn *handle) { return pass(handle); }
-EXPORT int cudnnRNNBackwardWeights_v8(struct cudnn *handle) { return pass(handle); }
+EXPORT int cudnnRNNForward(struct cudnn *handle) { return run_estimated(handle, RECURRENT_PASSES); }
+EXPORT int cudnnRNNBackwardData_v8(struct cudnn *handle) { return run_estimated(handle, RECURRENT_PASSES); }
+EXPORT int cudnnRNNBackwardWeights_v8(struct cudnn *handle) { return run_estimated(handle, RECURRENT_PASSES); }

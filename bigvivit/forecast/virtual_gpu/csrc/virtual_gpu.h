@@ -119,7 +119,7 @@ void read_result(void *to, size_t size); /* changes what is read back by the ker
 
 
 /* estimates.c */
-enum estimate { CONVOLUTIONS, RECURRENT_PASSES, FOURIER_TRANSFORMS, DENSE_SOLVERS, SPARSE_PRODUCTS, LABEL_LOSSES, ESTIMATES };
+enum estimate { CONVOLUTIONS, RECURRENT_PASSES, FOURIER_TRANSFORMS, DENSE_SOLVERS, SPARSE_PRODUCTS, CTC_LOSSES, ESTIMATES };
 void count_estimate(enum estimate kind);
 
 /* cudnn.c */
@@ -127,6 +127,7 @@ enum { CUDNN_BAD_PARAM = 2000, CUDNN_INTERNAL_ERROR = 4000 };
 struct cudnn { /* a handle */
     void *stream;
 };
+int run_estimated(struct cudnn *handle, enum estimate kind); /* a call of the library that does nothing, and is counted */
 struct shape { /* of a tensor: what its descriptor keeps */
     int type, count, sizes[8], strides[8];
 };

@@ -42,10 +42,5 @@ EXPORT int cudnnGetCTCLossWorkspaceSize_v8(void *handle, int algorithm, struct l
     return *size = workspace(scores, loss->longest), 0;
 }
 
-static int pass(struct cudnn *handle) {
-    count_estimate(LABEL_LOSSES);
-    count_captured_node(handle->stream);
-    return 0;
-}
-EXPORT int cudnnCTCLoss(struct cudnn *handle) { return pass(handle); }
-EXPORT int cudnnCTCLoss_v8(struct cudnn *handle) { return pass(handle); }
+EXPORT int cudnnCTCLoss(struct cudnn *handle) { return run_estimated(handle, CTC_LOSSES); }
+EXPORT int cudnnCTCLoss_v8(struct cudnn *handle) { return run_estimated(handle, CTC_LOSSES); }
